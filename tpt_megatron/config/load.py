@@ -1,0 +1,138 @@
+"""Loading a stage's config: YAML, then overrides, then the checks. Every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from tpt_megatron.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, no unknown keys, no NaN; what is not stated has the class's default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _tuple_of_one(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+OneOrMore = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
+"""A list of strings, or one string, which stands for a list of one."""
+
+SomeConfig = TypeVar("SomeConfig", bound=Config)
+
+
+def load_config(kind: type[SomeConfig], name: str, overrides: Sequence[str] = ()) -> SomeConfig:
+    """Return the config of `kind` from a YAML file or a recipe's name, with `key=value` overrides (values are YAML).
+
+    Raises ConfigError for a missing file, broken YAML, an unknown key, a wrong type or an impossible combination.
+    """
+    text, origin = _read(name)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{origin}:{mark.line + 1}" if mark else origin
+        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin}: a config is a mapping of keys to values, found a {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return check_config(kind, values, origin)
+
+
+def check_config(kind: type[SomeConfig], values: dict[str, Any], origin: str) -> SomeConfig:
+    """Return `values` as a checked config; ConfigError with one line for every mistake found."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{origin}: {_explain(kind, detail)}" for detail in error.errors())) from None
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    folder = resources.files("tpt_megatron") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(name: str) -> tuple[str, str]:
+    path = Path(name)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), name
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: not valid UTF-8 at byte {error.start}") from None
+    if name in recipe_names():
+        return (resources.files("tpt_megatron") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+    raise ConfigError(f"{name}: no such config file, and no recipe of that name (recipes: {', '.join(recipe_names())})")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    *parents, last = key.strip().split(".")
+    here: Any = values
+    for i, parent in enumerate(parents):
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a group of keys")
+    here[last] = value
+
+
+def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
+    location = detail["loc"]
+    key = ".".join(str(part) for part in location)
+    match detail["type"]:
+        case "extra_forbidden":
+            allowed = ", ".join(_keys_at(kind, location[:-1]))
+            return f"unknown key {key!r}; allowed here: {allowed}"
+        case "missing":
+            return f"key {key!r} is missing"
+        case "value_error":
+            message = detail["msg"].removeprefix("Value error, ")
+            return f"{key}: {message}" if key else message
+        case _:
+            return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Return the keys allowed at a place: walks nested configs, lists and tagged unions."""
+    candidates: list[type[BaseModel]] = [kind]
+    for part in location:
+        inner: list[type[BaseModel]] = []
+        for candidate in candidates:
+            if isinstance(part, str) and part in candidate.model_fields:
+                inner += _models_in(candidate.model_fields[part].annotation)
+        candidates = inner or candidates
+        if isinstance(part, str) and not inner:  # a union's tag
+            tagged = [candidate for candidate in candidates if part in _tags(candidate)]
+            candidates = tagged or candidates
+    return sorted({name for candidate in candidates for name in candidate.model_fields})
+
+
+def _tags(candidate: type[BaseModel]) -> tuple[Any, ...]:
+    field = candidate.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple, list, dict):
+        return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return []

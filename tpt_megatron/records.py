@@ -1,0 +1,157 @@
+"""The records that flow between stages: documents, thoughts, and documents with their thoughts.
+
+One JSON object a line: `id`, `text`, `source`, and whatever else the record carried, which is kept. An augmented
+document has `thoughts` beside these. Document and thoughts stay apart until preprocessing composes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpt_megatron.errors import RecordError
+
+
+def text_id(text: str) -> str:
+    """Return the id of a document that brought none: the first 32 hex digits of its text's SHA-256 (UTF-8)."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One pretraining document. `extra` holds the record's other fields, untouched."""
+
+    id: str
+    text: str
+    source: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """One thinking trajectory about one document, with what made it."""
+
+    text: str
+    generator: str
+    prompt: str | None = None
+    finish_reason: str | None = None
+    tokens: int | None = None
+    seed: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentedDocument:
+    """A document and its thoughts, kept apart."""
+
+    document: Document
+    thoughts: tuple[Thought, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FieldNames:
+    """Where an input record keeps a document's parts. `id` and `source` may be missing in a record; `text` may not."""
+
+    text: str = "text"
+    id: str = "id"
+    source: str = "source"
+
+
+def _string(record: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in record:
+        raise RecordError(where, f"field {key!r} is missing")
+    value = record[key]
+    if not isinstance(value, str):
+        raise RecordError(where, f"field {key!r} must be a string, found {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RecordError(where, f"field {key!r} holds a lone surrogate, which is not text") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _optional(record: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    value = record.get(key)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise RecordError(where, f"field {key!r} must be of type {kind.__name__}, found {_kind(value)}")
+    return value
+
+
+def read_document(record: object, where: str, names: FieldNames = FieldNames()) -> Document:
+    """Read a document out of a parsed JSON value.
+
+    `where` is FILE:LINE, for the message. A missing `id` is made from the text. Raises RecordError when the record is not
+    an object, when its text is missing, empty or no string, or when id or source have the wrong type.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError(where, f"a record must be a JSON object, found {_kind(record)}")
+    text = _string(record, names.text, where)
+    if not text.strip():
+        raise RecordError(where, f"field {names.text!r} is empty")
+    identity = record.get(names.id)
+    if identity is None:
+        identity = text_id(text)
+    elif isinstance(identity, int) and not isinstance(identity, bool):
+        identity = str(identity)  # many corpora number their documents
+    else:
+        identity = _string(record, names.id, where)
+    source = None if record.get(names.source) is None else _string(record, names.source, where)
+    extra = {key: value for key, value in record.items() if key not in (names.text, names.id, names.source)}
+    return Document(identity, text, source, extra)
+
+
+def _read_thought(record: object, where: str) -> Thought:
+    if not isinstance(record, Mapping):
+        raise RecordError(where, f"a thought must be a JSON object, found {_kind(record)}")
+    known = ("text", "generator", "prompt", "finish_reason", "tokens", "seed")
+    return Thought(
+        text=_string(record, "text", where),
+        generator=_string(record, "generator", where),
+        prompt=_optional(record, "prompt", str, where),
+        finish_reason=_optional(record, "finish_reason", str, where),
+        tokens=_optional(record, "tokens", int, where),
+        seed=_optional(record, "seed", int, where),
+        extra={key: value for key, value in record.items() if key not in known},
+    )
+
+
+def read_augmented(record: object, where: str, names: FieldNames = FieldNames()) -> AugmentedDocument:
+    """Read an augmented document; a record without `thoughts` has none. Raises RecordError as `read_document` does."""
+    document = read_document(record, where, names)
+    thoughts = document.extra.get("thoughts")
+    if thoughts is None:
+        return AugmentedDocument(document)
+    if not isinstance(thoughts, list):
+        raise RecordError(where, f"field 'thoughts' must be a list, found {_kind(thoughts)}")
+    extra = {key: value for key, value in document.extra.items() if key != "thoughts"}
+    bare = Document(document.id, document.text, document.source, extra)
+    return AugmentedDocument(bare, tuple(_read_thought(thought, where) for thought in thoughts))
+
+
+def augmented_to_record(augmented: AugmentedDocument) -> dict[str, Any]:
+    """Return the JSON object for one augmented document; fields that are None are left out."""
+    document = augmented.document
+    record: dict[str, Any] = {"id": document.id, "text": document.text}
+    if document.source is not None:
+        record["source"] = document.source
+    record.update(document.extra)
+    record["thoughts"] = [_thought_to_record(thought) for thought in augmented.thoughts]
+    return record
+
+
+def _thought_to_record(thought: Thought) -> dict[str, Any]:
+    fields = {
+        "text": thought.text,
+        "generator": thought.generator,
+        "prompt": thought.prompt,
+        "finish_reason": thought.finish_reason,
+        "tokens": thought.tokens,
+        "seed": thought.seed,
+    }
+    return {key: value for key, value in fields.items() if value is not None} | dict(thought.extra)
