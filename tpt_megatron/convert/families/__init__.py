@@ -1,0 +1,1 @@
+"""One file a model family: how its Hugging Face tensors are made from a checkpoint's."""
