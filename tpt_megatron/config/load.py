@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import types
 from collections.abc import Sequence
 from importlib import resources
@@ -13,6 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from tpt_megatron.errors import ConfigError
+
+
+STAGES = ("augment", "preprocess", "train", "evaluate")
 
 
 class Config(BaseModel):
@@ -136,3 +142,31 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple, list, dict):
         return [model for argument in get_args(annotation) for model in _models_in(argument)]
     return []
+
+
+def describe_keys(stage: str) -> str:
+    """Return the config keys of a stage, one a line with type and default, under each group's own explanation."""
+    module = importlib.import_module(f"tpt_megatron.config.{stage}") if stage in STAGES else None
+    if module is None:
+        raise ConfigError(f"{stage!r} is no stage with a config; the stages are {', '.join(STAGES)}")
+    return "\n\n".join(_describe(getattr(module, f"{stage.capitalize()}Config"), ""))
+
+
+def _describe(kind: type[BaseModel], prefix: str) -> list[str]:
+    lines = [inspect.cleandoc(kind.__doc__ or ""), ""]
+    deeper: list[str] = []
+    for name, field in kind.model_fields.items():
+        if field.is_required():
+            default = "required"
+        else:
+            default = f"default {field.default!r}" if not isinstance(field.default, BaseModel) else "optional group"
+        lines.append(f"  {prefix}{name}: {_type_name(field.annotation)} ({default})")
+        for model in _models_in(field.annotation):
+            deeper += _describe(model, f"{prefix}{name}.")
+    return ["\n".join(lines), *deeper]
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return re.sub(r"[\w.]+\.(\w+)", r"\1", str(annotation))

@@ -1,0 +1,29 @@
+"""The only room that imports megatron and transformer_engine: how a step is computed, on CUDA and on CPU.
+
+Importing this room readies megatron-core for the machine: where there is no CUDA, `cpu.adapt` has run before any other
+module here is loaded, in this process and in every process that megatron-core spawns from it.
+"""
+
+import logging
+import os
+import warnings
+
+import torch
+
+# Its import warns of every optional package that is missing on a CPU; what a run needs is checked by name instead.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    import megatron.core
+
+    if not torch.cuda.is_available():
+        from tpt_megatron.mcore import cpu
+
+        cpu.adapt()
+
+# Notes on calls that megatron-core and torch make of each other: nothing a user could mend.
+for module in (r"megatron\.core\.", r"torch\.distributed\."):
+    warnings.filterwarnings("ignore", module=module)
+logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+
+MEGATRON_CORE_VERSION: str = megatron.core.__version__

@@ -1,0 +1,41 @@
+# Set-up needs Python 3.11+, git and make; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-fast lint types imports format clean
+
+help: ## list what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# The stamp is newer than what the environment was made from: a second run re-uses it.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tpt_megatron needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+demo: .venv/ready ## the whole road, small, on this machine: ends in demo-output/report/report.html
+	$(BIN)/tpt demo --output demo-output
+
+test: lint types imports .venv/ready ## linters, types, import rules, and every test that needs no GPU
+	$(BIN)/pytest
+
+test-fast: lint types imports .venv/ready ## the same without the slow tests
+	$(BIN)/pytest -m 'not slow'
+
+lint: .venv/ready ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready ## mypy, strict
+	$(BIN)/mypy
+
+imports: .venv/ready ## import rules between rooms
+	$(BIN)/lint-imports
+
+format: .venv/ready ## reformat
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and the demo's output
+	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

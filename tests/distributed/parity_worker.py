@@ -1,0 +1,52 @@
+"""One rank of a parity run: fixed data through the engine, losses written by rank 0. Started by torchrun from the tests."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tpt_megatron.config.load import check_config
+from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.mcore import checkpoint, groups
+from tpt_megatron.mcore.engine import Engine, MicroBatch
+
+VOCABULARY, SEQUENCE, GLOBAL_BATCH = 250, 32, 8
+
+
+def micro_batches(step: int, rank: int, ranks: int) -> list[MicroBatch]:
+    """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate."""
+    batches = []
+    share = GLOBAL_BATCH // ranks
+    for number in range(rank * share, (rank + 1) * share):
+        # The same eight sequences every step, so that there is something to learn.
+        row = np.random.default_rng(number).integers(0, VOCABULARY, (1, SEQUENCE + 1))
+        cut = 5 + number
+        documents = (np.arange(SEQUENCE) >= cut).astype(np.int32)[None]
+        parts = (np.arange(SEQUENCE) % 3 == 0).astype(np.uint8)[None]
+        batches.append(MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), np.ones((1, SEQUENCE), np.float32), documents, parts))
+    return batches
+
+
+def main() -> None:
+    """Read the job from argv[1]: config, load and save folders, steps; write the losses to its `output`."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    config = check_config(TrainConfig, job["config"], "job")
+    layout = groups.join(config.parallel)
+    engine = Engine(config)
+    if job["load"]:
+        checkpoint.load_checkpoint(engine, Path(job["load"]))
+    lines = []
+    for step in range(job["first"], job["last"] + 1):
+        if job["save_before"] == step:
+            checkpoint.save_checkpoint(engine, Path(job["save"]), step, {}, {})
+        batches = micro_batches(step, layout.data_parallel_rank, layout.data_parallel_size)
+        result = engine.train_step(batches, learning_rate=3e-3)
+        lines.append({"step": step, **result.losses.means(), "gradient_norm": result.gradient_norm})
+    if layout.rank == 0:
+        Path(job["output"]).write_text(json.dumps(lines))
+    groups.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The same weights and data give the same losses under every layout, and across a change of layout. Real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("parity_worker.py")
+STEPS = 20
+BOUND = 1e-5
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tensor_parallel": 2}),
+    "TP2+SP": (2, {"tensor_parallel": 2, "sequence_parallel": True}),
+    "PP2": (2, {"pipeline_parallel": 2}),
+    "TP2·PP2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "DP2": (2, {}),
+}
+
+Run = Callable[..., list[dict[str, float]]]
+
+
+def job_config(parallel: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "run_dir": "unused",
+        "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 176, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64},
+        "data": {"train": "unused", "sequence_length": 32},
+        "optimizer": {"learning_rate": 3e-3},
+        "parallel": parallel,
+        "steps": STEPS,
+        "global_batch_sequences": 8,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    def start(
+        ranks: int, parallel: dict[str, Any], *, load: Path | None, first: int = 1, last: int = STEPS, save: Path | None = None, save_before: int = 0
+    ) -> Any:
+        folder = tmp_path_factory.mktemp("job")
+        job = {
+            "config": job_config(parallel),
+            "load": str(load) if load else None,
+            "save": str(save) if save else None,
+            "save_before": save_before,
+            "first": first,
+            "last": last,
+            "output": str(folder / "losses.json"),
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(WORKER), str(folder / "job.json")]
+        ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return json.loads((folder / "losses.json").read_text())
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
+    """One process from its first weights, which are saved for every layout to start from."""
+    root = tmp_path_factory.mktemp("initial")
+    losses = run(1, {}, load=None, save=root, save_before=1)
+    assert losses[-1]["loss"] < losses[0]["loss"] - 0.5, "the reference does not learn: parity would say nothing"
+    return root / "iter_0000001", losses
+
+
+def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        for key in ("loss", "loss_document", "loss_thinking"):
+            assert mine[key] == pytest.approx(theirs[key], abs=BOUND), f"{key} of step {mine['step']}"
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_gives_the_losses_of_one_process(name: str, run: Run, reference: tuple[Path, list[dict[str, float]]]) -> None:
+    ranks, parallel = LAYOUTS[name]
+    initial, losses = reference
+    assert_close(run(ranks, parallel, load=initial), losses)
+
+
+def test_checkpoint_of_tp2_continues_at_pp2(run: Run, reference: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:
+    initial, losses = reference
+    run(2, {"tensor_parallel": 2}, load=initial, last=10, save=tmp_path, save_before=10)
+    assert_close(run(2, {"pipeline_parallel": 2}, load=tmp_path / "iter_0000010", first=10), losses[9:])

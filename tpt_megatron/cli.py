@@ -1,0 +1,181 @@
+"""The command line: reads arguments, prints for people, exits. Heavy imports happen inside the commands only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tpt_megatron import __version__
+from tpt_megatron.errors import TptError
+
+app = typer.Typer(
+    name="tpt",
+    help="Thinking-augmented pretraining on megatron-core: documents, thoughts, datasets, training, Hugging Face export, report.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped by a signal after saving: run the same command again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(help="Convert checkpoints to Hugging Face model folders.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a recipe that ships with the package.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to override, dotted: optimizer.learning_rate=1e-3")]
+
+
+def main() -> None:
+    """Run the command line; print a user's mistake as one line and exit with its code."""
+    try:
+        app()
+    except TptError as error:
+        print(f"tpt: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("tpt: interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(3)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _set_up(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
+    # Logging stays out of --help, which must answer at once.
+    if not {"-h", "--help"} & set(sys.argv[1:]):
+        from tpt_megatron.log import set_up_logging
+
+        set_up_logging()
+
+
+def _keys(kind: str) -> str:
+    return f"The config's keys and their meaning: `tpt keys {kind}`."
+
+
+@app.command(epilog=_keys("augment"))
+def augment(config: ConfigName, overrides: Overrides = None) -> None:
+    """Add thoughts to documents: record files in, augmented documents out."""
+    from tpt_megatron.augment.runner import run_augment
+    from tpt_megatron.config.augment import AugmentConfig
+    from tpt_megatron.config.load import load_config
+
+    loaded = load_config(AugmentConfig, config, overrides or ())
+    _print_counts(str(loaded.output), run_augment(loaded).counts)
+
+
+@app.command(epilog=_keys("preprocess"))
+def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
+    """Turn augmented documents into Megatron token datasets, one an arm."""
+    from tpt_megatron.config.load import load_config
+    from tpt_megatron.config.preprocess import PreprocessConfig
+    from tpt_megatron.preprocess.runner import run_preprocess
+
+    loaded = load_config(PreprocessConfig, config, overrides or ())
+    for prefix, manifest in run_preprocess(loaded).items():
+        _print_counts(prefix, manifest.counts)
+
+
+@app.command(epilog=_keys("train"))
+def train(config: ConfigName, overrides: Overrides = None) -> None:
+    """Pretrain a GPT on a token dataset: one process, or one rank under torchrun."""
+    from tpt_megatron.config.load import load_config
+    from tpt_megatron.config.train import TrainConfig
+
+    loaded = load_config(TrainConfig, config, overrides or ())
+    _require("torch", "megatron.core", "psutil", extra="train")
+    from tpt_megatron.train.loop import run_train
+
+    run_train(loaded)
+
+
+@convert_app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="An iter_ folder, a checkpoints folder (its latest), or a run folder.")],
+    output: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The Hugging Face model folder to make.")],
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")] = None,
+) -> None:
+    """Export a checkpoint as a Hugging Face model folder."""
+    _require("torch", "safetensors", extra="train")
+    from tpt_megatron.convert.export import export_checkpoint
+
+    export_checkpoint(checkpoint, output, dtype)
+    print(f"{output}: a Hugging Face model folder")
+
+
+@app.command(epilog=_keys("evaluate"))
+def evaluate(config: ConfigName, overrides: Overrides = None) -> None:
+    """Score an exported model, or every checkpoint of a run, on held-out problems."""
+    from tpt_megatron.config.evaluate import EvaluateConfig
+    from tpt_megatron.config.load import load_config
+
+    loaded = load_config(EvaluateConfig, config, overrides or ())
+    _require("torch", "transformers", extra="evaluate")
+    from tpt_megatron.evaluate.runner import run_evaluate
+
+    for result in run_evaluate(loaded):
+        scores = "  ".join(f"{name} {task['accuracy']:.3f}" for name, task in result["tasks"].items())
+        step = "" if result["step"] is None else f"step {result['step']} ({result['tokens_seen']:,} tokens)  "
+        print(f"{step}{scores}")
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders of the arms to compare; several runs of one arm are its seeds.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")],
+    notes: Annotated[str | None, typer.Option(help="A sentence on what the comparison does and does not show.")] = None,
+) -> None:
+    """Compare runs: curves, scores against tokens, and how many fewer tokens thinking needed."""
+    _require("matplotlib", "jinja2", extra="report")
+    from tpt_megatron.compare.runner import run_compare
+
+    run_compare(run_dirs, output, notes)
+    print(f"report: {output / 'report.html'}")
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="Folder for everything the demonstration makes.")] = Path("demo-output")) -> None:
+    """Go the whole road, small, on this machine: documents, thoughts, two arms, training, export, evaluation, report."""
+    _require("torch", "megatron.core", "psutil", "transformers", "matplotlib", "jinja2", extra="all")
+    from tpt_megatron.demo.run import run_demo
+
+    run_demo(output)
+
+
+@app.command()
+def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train or evaluate")]) -> None:
+    """List a stage's config keys with their types, defaults and meaning."""
+    from tpt_megatron.config.load import describe_keys
+
+    print(describe_keys(stage))
+
+
+def _print_counts(title: str, counts: dict[str, int]) -> None:
+    listed = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts.items())
+    print(f"{title}: {listed}")
+
+
+def _require(*modules: str, extra: str) -> None:
+    """Raise MachineError when a package that the command needs is not installed. Imports nothing."""
+    from importlib.util import find_spec
+
+    from tpt_megatron.errors import MachineError
+
+    def missing(module: str) -> bool:
+        try:
+            return find_spec(module) is None
+        except ModuleNotFoundError:
+            return True
+
+    absent = [module for module in modules if missing(module)]
+    if absent:
+        raise MachineError(f"this command needs {', '.join(absent)}, which is not installed; run: pip install 'tpt-megatron[{extra}]'")
+
+
+if __name__ == "__main__":
+    main()

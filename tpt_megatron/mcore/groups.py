@@ -1,0 +1,86 @@
+"""Process groups: joining the job, and the few questions about ranks that other rooms may ask."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from tpt_megatron.config.train import ParallelConfig
+from tpt_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """This rank's place in the job."""
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    is_last_stage: bool
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a world that the layout does not divide (ConfigError)."""
+    model_ranks = parallel.tensor_parallel * parallel.pipeline_parallel
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel.tensor_parallel={parallel.tensor_parallel} x parallel.pipeline_parallel={parallel.pipeline_parallel} = {model_ranks} "
+            f"does not divide the {world_size} rank(s) of this job; start it with a multiple of {model_ranks} "
+            f"(torchrun --nproc-per-node {model_ranks} ...) or change the layout"
+        )
+
+
+def join(parallel: ParallelConfig) -> Layout:
+    """Join the job that torchrun describes in the environment, or be a job of one; make megatron-core's groups.
+
+    Backend: nccl on CUDA, gloo on CPU. Raises ConfigError when the layout does not fit the world.
+    """
+    for key, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, alone)
+    world_size = int(os.environ["WORLD_SIZE"])
+    check_world(parallel, world_size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    else:
+        backend = "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_parallel,
+        parallel.pipeline_parallel,
+        create_gloo_process_groups=False,
+    )
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def leave() -> None:
+    """Leave the job: take the process groups down."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """Say whether any rank says so; every rank must ask at the same point."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    answer = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer.item())

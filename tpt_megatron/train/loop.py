@@ -1,0 +1,245 @@
+"""The training loop: what happens when. How a step is computed is mcore's business."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.datasets import TokenDataset, open_dataset
+from tpt_megatron.errors import CheckpointError, ConfigError, DataError, Stopped
+from tpt_megatron.files import read_json, write_json
+from tpt_megatron.log import progress_bar
+from tpt_megatron.mcore import checkpoint, groups
+from tpt_megatron.mcore.engine import Engine, LossSums
+from tpt_megatron.mcore.model import count_parameters
+from tpt_megatron.train.data import SequenceOrder, step_batches
+from tpt_megatron.train.metrics import MetricsFile, git_revision, versions
+from tpt_megatron.train.schedule import learning_rate
+from tpt_megatron.train.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train, from the run folder's latest checkpoint where there is one, to config.steps.
+
+    Alone or as one rank under torchrun. Raises ConfigError, DataError or CheckpointError before any step is taken when
+    something does not fit, and Stopped after saving when a signal came.
+    """
+    layout = groups.join(config.parallel)
+    try:
+        Run(config, layout).train()
+    finally:
+        groups.leave()
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    train: TokenDataset
+    order: SequenceOrder
+    validation: SequenceOrder | None
+
+
+class Run:
+    """One run on one rank: config, data and engine, and the order in which things happen to them."""
+
+    def __init__(self, config: TrainConfig, layout: groups.Layout) -> None:
+        self._layout = layout
+        data = _open_data(config)
+        self._config = _resolve_vocabulary(config, data.train)
+        _check_batch(self._config, layout)
+        self._data = data
+        self._checkpoints = config.run_dir / "checkpoints"
+        self._engine = Engine(self._config)
+        self._tokens_a_step = config.global_batch_sequences * config.data.sequence_length
+
+    def train(self) -> None:
+        """Take every step that is left, measuring, validating and saving on the way."""
+        config, rank_0 = self._config, self._layout.rank == 0
+        done = self._resume()
+        if rank_0:
+            self._describe_run()
+        if done >= config.steps:
+            log.info("%s: all %d steps were already done", config.run_dir, config.steps)
+            return
+        metrics_path = config.run_dir / "metrics.jsonl" if rank_0 else Path("/dev/null")
+        with MetricsFile(metrics_path, done) as metrics, StopRequest() as stop, progress_bar("train", config.steps, completed=done) as bar:
+            for step in range(done + 1, config.steps + 1):
+                line = self._step(step)
+                if config.validate_every_steps and step % config.validate_every_steps == 0:
+                    line["validation_loss"] = self._validate()
+                metrics.write(line)
+                bar.say(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+                bar.advance()
+                stopping = groups.any_rank(stop.asked)
+                if stopping or step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+                    self._save(step)
+                    log.info("step %d of %d: loss %.4f, saved", step, config.steps, line["loss"])
+                if stopping and step < config.steps:
+                    raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Take step number `step` (from 1) and return its metrics."""
+        config, layout = self._config, self._layout
+        began = time.perf_counter()
+        rate = learning_rate(config.optimizer, step - 1, config.steps)
+        first_sequence = (step - 1) * config.global_batch_sequences
+        batches = step_batches(
+            self._data.order,
+            first_sequence,
+            global_batch=config.global_batch_sequences,
+            micro_batch=config.micro_batch_sequences,
+            rank=layout.data_parallel_rank,
+            ranks=layout.data_parallel_size,
+        )
+        result = self._engine.train_step(batches, rate)
+        means = result.losses.means()
+        if not math.isfinite(means["loss"]):
+            raise DataError(f"{config.run_dir}: the loss of step {step} is {means['loss']}; lower optimizer.learning_rate, or look at the data")
+        seconds = time.perf_counter() - began
+        return {
+            "step": step,
+            "tokens_seen": step * self._tokens_a_step,
+            **means,
+            "gradient_norm": result.gradient_norm,
+            "learning_rate": rate,
+            "tokens_per_second": self._tokens_a_step / seconds,
+            "step_time_s": seconds,
+        }
+
+    def _validate(self) -> float:
+        config, layout = self._config, self._layout
+        assert self._data.validation is not None
+        sums: list[LossSums] = []
+        for number in range(config.validation_batches):
+            batches = step_batches(
+                self._data.validation,
+                number * config.global_batch_sequences,
+                global_batch=config.global_batch_sequences,
+                micro_batch=config.micro_batch_sequences,
+                rank=layout.data_parallel_rank,
+                ranks=layout.data_parallel_size,
+            )
+            sums.append(self._engine.evaluate(batches))
+        return sum(s.loss for s in sums) / sum(s.tokens for s in sums)
+
+    def _resume(self) -> int:
+        """Load what there is to continue from and return the number of steps done."""
+        step = checkpoint.latest_step(self._checkpoints)
+        if step is None:
+            if self._config.checkpoint.load_from is not None:
+                self._load(self._config.checkpoint.load_from)
+            return 0
+        folder = checkpoint.iteration_folder(self._checkpoints, step)
+        description = self._load(folder)
+        if description["step"] != step:
+            raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}")
+        log.info("%s: continuing after step %d", self._config.run_dir, step)
+        return step
+
+    def _load(self, folder: Path) -> dict[str, Any]:
+        description = checkpoint.read_description(folder)
+        ours = self._config.model.model_dump(mode="json")
+        for key, value in description["model"].items():
+            if ours.get(key) != value and not key.endswith(("init_std", "vocab_divisor")):
+                raise CheckpointError(
+                    f"{folder}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"
+                )
+        data = description["data"]
+        if folder.parent == self._checkpoints and data != self._data_fingerprint():
+            raise CheckpointError(f"{folder}: the run was trained on other data than data.train={self._config.data.train}; use that data, or another run_dir")
+        checkpoint.load_checkpoint(self._engine, folder)
+        return description
+
+    def _data_fingerprint(self) -> dict[str, Any]:
+        data = self._data.train
+        return {
+            "documents": len(data.lengths),
+            "tokens": int(data.offsets[-1]),
+            "sequence_length": self._config.data.sequence_length,
+            "attention": self._config.data.attention,
+            "seed": self._config.seed,
+            "global_batch_sequences": self._config.global_batch_sequences,
+            "sha256": (data.details or {}).get("sha256"),
+        }
+
+    def _save(self, step: int) -> None:
+        config, details = self._config, self._data.train.details
+        keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
+        tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
+        tokenizer_file = Path(f"{config.data.train}.tokenizer.json")
+        checkpoint.save_checkpoint(
+            self._engine,
+            self._checkpoints,
+            step,
+            {
+                "tokens_seen": step * self._tokens_a_step,
+                "model": config.model.model_dump(mode="json"),
+                "sequence_length": config.data.sequence_length,
+                "precision": config.precision,
+                "arm": _arm(self._data.train),
+                "tokenizer": tokenizer,
+                "data": self._data_fingerprint(),
+            },
+            {"tokenizer.json": tokenizer_file} if tokenizer_file.is_file() else {},
+        )
+
+    def _describe_run(self) -> None:
+        """Write run.json: how this run is made. A later session of the same run is added to the list."""
+        path = self._config.run_dir / "run.json"
+        sessions = read_json(path)["sessions"] if path.exists() else []
+        session = {
+            "world_size": self._layout.world_size,
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(
+            path,
+            {
+                "arm": _arm(self._data.train),
+                "config": self._config.model_dump(mode="json"),
+                "parameters": count_parameters(self._config.model),
+                "data": self._data.train.details,
+                "sessions": [*sessions, session],
+            },
+        )
+
+
+def _arm(dataset: TokenDataset) -> str | None:
+    return None if dataset.details is None else str(dataset.details["arm"])
+
+
+def _open_data(config: TrainConfig) -> _Data:
+    def order(dataset: TokenDataset) -> SequenceOrder:
+        return SequenceOrder(dataset, config.data.sequence_length, config.seed, document_attention=config.data.attention == "document")
+
+    train = open_dataset(config.data.train)
+    validation = None if config.data.validation is None else order(open_dataset(config.data.validation))
+    return _Data(train, order(train), validation)
+
+
+def _resolve_vocabulary(config: TrainConfig, dataset: TokenDataset) -> TrainConfig:
+    """Return the config with model.vocab_size set: the dataset's, or the config's where it is large enough."""
+    needed = None if dataset.details is None else int(dataset.details["vocabulary_size"])
+    given = config.model.vocab_size
+    if not given and needed is None:
+        raise ConfigError(f"model.vocab_size=0 takes the dataset's vocabulary, but {config.data.train} has no manifest that states one; give model.vocab_size")
+    if given and needed is not None and given < needed:
+        raise ConfigError(f"model.vocab_size={given} is smaller than the vocabulary of {config.data.train}, {needed}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": given or needed})})
+
+
+def _check_batch(config: TrainConfig, layout: groups.Layout) -> None:
+    unit = config.micro_batch_sequences * layout.data_parallel_size
+    if config.global_batch_sequences % unit:
+        raise ConfigError(
+            f"global_batch_sequences={config.global_batch_sequences} is not a multiple of micro_batch_sequences={config.micro_batch_sequences} "
+            f"x {layout.data_parallel_size} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, config.global_batch_sequences // unit * unit)}"
+            f" and {(config.global_batch_sequences // unit + 1) * unit}"
+        )

@@ -1,0 +1,74 @@
+"""metrics.jsonl: one JSON object a step, and what the run folder says about how it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from tpt_megatron.errors import RecordError
+from tpt_megatron.files import parse_json_line, read_lines, write_text
+
+
+class MetricsFile:
+    """Appends one line a step; on a resume, the lines of steps that the checkpoint does not know are cut off first."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        if path.exists():
+            _cut_after(path, first_step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line; a value that is not finite is written as a string, since JSON has no NaN."""
+        line = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()}
+        self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _cut_after(path: Path, first_step: int) -> None:
+    """Keep the lines of the steps 1 to first_step; a line torn by a crash can only be the last."""
+    kept: list[str] = []
+    for number, line in read_lines(path):
+        try:
+            metrics = parse_json_line(line, f"{path}:{number}")
+        except RecordError:
+            break
+        if metrics["step"] <= first_step:
+            kept.append(line.decode())
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a run's numbers depend on."""
+    names = ("tpt-megatron", "torch", "megatron-core", "transformer-engine", "numpy", "tokenizers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Return the git revision of the package's source, `-dirty` when it has uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() or None
