@@ -1,0 +1,133 @@
+"""Token datasets in Megatron's own format, memory-mapped for reading.
+
+`PREFIX.bin` holds the tokens of all documents end to end; `PREFIX.idx` says where each begins, in the layout of
+`megatron.core.datasets.indexed_dataset` (megatron-core 0.16, index version 1), little-endian:
+
+    9 bytes   MMIDIDX and two NUL          8 bytes  version, 1        1 byte  code of the tokens' dtype
+    8 bytes   number n of sequences        8 bytes  number m of document boundaries
+    n int32   tokens of each sequence      n int64  byte at which each begins in .bin
+    m int64   boundaries of documents, counted in sequences: 0, ..., n
+
+Datasets made by `tpt preprocess` have one sequence a document, and sidecars: `PREFIX.parts.bin` (one uint8 a token, see
+PART_DOCUMENT and PART_THINKING), `PREFIX.documents.parquet`, `PREFIX.tokenizer.json` and `PREFIX.manifest.json`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tpt_megatron.errors import DataError
+from tpt_megatron.files import check_outputs, read_manifest
+
+MANIFEST_KIND = "token_dataset"
+PART_DOCUMENT = 0
+PART_THINKING = 1
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, npt.DTypeLike] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """Return the dtype that Megatron's `DType.optimal_dtype` chooses for ids below `vocabulary_size`."""
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
+
+
+def dtype_code(dtype: np.dtype[Any]) -> int:
+    """Return the code that stands for a token dtype in an index."""
+    return next(code for code, known in DTYPE_CODES.items() if np.dtype(known) == dtype)
+
+
+def sidecar(prefix: Path, ending: str) -> Path:
+    """Return `PREFIX.ending`; a dot in the prefix's own name stays."""
+    return prefix.with_name(f"{prefix.name}.{ending}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDataset:
+    """A dataset, mapped and not loaded. Megatron's sequences are called documents here, since ours are one a document.
+
+    tokens   [tokens] in the file's dtype, all documents end to end
+    parts    [tokens] uint8, PART_DOCUMENT or PART_THINKING; None where there is no sidecar
+    lengths  [documents] int32, tokens of each document
+    offsets  [documents + 1] int64, the token at which each document begins, and the number of tokens at the end
+    details  of the manifest that `tpt preprocess` wrote; None where there is no manifest
+    """
+
+    prefix: Path
+    tokens: npt.NDArray[Any]
+    parts: npt.NDArray[np.uint8] | None
+    lengths: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    details: dict[str, Any] | None
+
+
+def open_dataset(prefix: str | Path) -> TokenDataset:
+    """Map the dataset PREFIX.bin, PREFIX.idx, with its sidecars where it has them.
+
+    Raises DataError, in one line, when a file is missing or damaged, when files do not belong together, or when the
+    dataset is empty.
+    """
+    prefix = Path(prefix)
+    index, data = sidecar(prefix, "idx"), sidecar(prefix, "bin")
+    for path in (index, data):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a dataset is named without its ending, for example data/append/train")
+    details = None
+    manifest_path = sidecar(prefix, "manifest.json")
+    if manifest_path.is_file():
+        manifest = read_manifest(manifest_path, MANIFEST_KIND)
+        check_outputs(manifest, prefix.parent, checksums=False)
+        details = dict(manifest.details)
+    dtype, lengths, pointers = _read_index(index)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
+    total = int(offsets[-1])
+    if total == 0:
+        raise DataError(f"{prefix}: the dataset holds no token")
+    if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
+        raise DataError(f"{index}: its pointers do not follow from its lengths; the index is damaged, make the dataset again")
+    if data.stat().st_size != total * dtype.itemsize:
+        raise DataError(f"{data}: {data.stat().st_size} bytes, the index says {total * dtype.itemsize}; the files do not belong together or were cut off")
+    return TokenDataset(prefix, np.memmap(data, dtype, mode="r"), _map_parts(prefix, total), lengths, offsets, details)
+
+
+def _map_parts(prefix: Path, total: int) -> npt.NDArray[np.uint8] | None:
+    path = sidecar(prefix, "parts.bin")
+    if not path.is_file():
+        return None
+    if path.stat().st_size != total:
+        raise DataError(f"{path}: {path.stat().st_size} bytes, but the dataset has {total} tokens; the files do not belong together")
+    return np.memmap(path, np.uint8, mode="r")
+
+
+def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Return the tokens' dtype, and length and byte offset of each sequence."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise DataError(f"{path}: not a Megatron index (the file does not begin with MMIDIDX)")
+    _, version, code, sequences, boundaries = INDEX_HEADER.unpack(header)
+    if version != INDEX_VERSION:
+        raise DataError(f"{path}: index version {version}; this release reads version {INDEX_VERSION}")
+    if code not in DTYPE_CODES:
+        raise DataError(f"{path}: dtype code {code} is none that tokens can have; the index is damaged")
+    expected = INDEX_HEADER.size + 12 * sequences + 8 * boundaries
+    if size not in (expected, expected + sequences):  # one more byte a sequence where a multimodal index keeps modes
+        raise DataError(f"{path}: {size} bytes, its header says {expected}; the file is cut off or damaged")
+    lengths = np.fromfile(path, "<i4", sequences, offset=INDEX_HEADER.size)
+    pointers = np.fromfile(path, "<i8", sequences, offset=INDEX_HEADER.size + 4 * sequences)
+    documents = np.fromfile(path, "<i8", boundaries, offset=INDEX_HEADER.size + 12 * sequences)
+    if (lengths < 0).any():
+        raise DataError(f"{path}: a sequence has a negative length; the index is damaged")
+    if boundaries < 1 or documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
+        raise DataError(f"{path}: its document boundaries do not run from 0 to {sequences}; the index is damaged")
+    return np.dtype(DTYPE_CODES[code]), lengths, pointers
