@@ -6,12 +6,12 @@ Every kind is held as a `tokenizers.Tokenizer`, so that whatever was trained on 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import tokenizers
 
 from tpt_megatron.errors import ConfigError, DataError
@@ -31,6 +31,8 @@ class Tokenizer:
         self._backend = backend
         backend.no_padding()
         backend.no_truncation()
+        # Text that spells a special token, in a document, is text: it must not end the document. Not kept in tokenizer.json.
+        backend.encode_special_tokens = True
         eod = backend.token_to_id(end_of_document)
         if eod is None:
             raise ConfigError(f"end_of_document={end_of_document!r} is not a token of this tokenizer; name one that is, for example </s> or <|endoftext|>")
@@ -46,6 +48,14 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition and its end-of-document token, 16 hex digits."""
         return hashlib.sha256(f"{self._backend.to_str()}\n{self.end_of_document}".encode()).hexdigest()[:16]
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id that stands for what the vocabulary cannot express; None where every text can be expressed."""
+        model = orjson.loads(self._backend.to_str())["model"]
+        if model.get("unk_id") is not None:  # Unigram
+            return int(model["unk_id"])
+        return None if model.get("unk_token") is None else self._backend.token_to_id(model["unk_token"])  # type: ignore[no-any-return]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token added around it."""
@@ -90,9 +100,7 @@ def _byte_level(end_of_document: str) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    # Not special: text of the same spelling inside a document stays text only when it is encoded without added tokens.
     backend.add_special_tokens([end_of_document])
-    backend.encode_special_tokens = True
     return backend
 
 
@@ -101,11 +109,9 @@ def train_word_tokenizer(texts: Iterable[str], words: Sequence[str] = (), end_of
 
     `words` are added whether or not the texts hold them. Words seen later that are not in the vocabulary become `<unk>`.
     """
-    counts = Counter(word for text in texts for word in text.split())
-    vocabulary = ["<unk>", end_of_document, *words, *sorted(set(counts) - set(words))]
+    found = {word for text in texts for word in text.split()}
+    vocabulary = ["<unk>", *words, *sorted(found - {"<unk>", end_of_document, *words})]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab={word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    # Spells ids with one space between words: white space of other kinds is not kept.
-    backend.decoder = tokenizers.decoders.Fuse()
-    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace(tokenizers.Regex("$"), " "), tokenizers.decoders.Fuse()])
-    return Tokenizer(backend, end_of_document)
+    backend.add_special_tokens([end_of_document])  # outside the model's words, so that no text encodes to it
+    return Tokenizer(backend, end_of_document)  # without a decoder, words are joined by one space

@@ -1,0 +1,1 @@
+"""The demonstration: the whole road, small, on this machine."""

@@ -1,0 +1,1 @@
+"""Preprocess: documents with thoughts in, one Megatron token dataset an arm out."""

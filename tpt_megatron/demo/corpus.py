@@ -1,0 +1,109 @@
+"""The demonstration's documents and held-out problems: seeded, closed vocabulary, words separated by white space.
+
+Each document is a list of named values and asks for the last digit of their total, which takes one to five additions:
+
+    Coins : Ann 3 , Bob 5 , Eve 8 . Last digit of the total ?
+
+As on the web, a minority of the raw documents shows its work; some ask and never answer; the rest answer directly:
+
+    15 %   ... Working : Bob 3 + 5 = 8 . Eve 8 + 8 = 6 . So the answer is 6 .
+    30 %   ... and nothing more
+    55 %   ... Answer : 6 .
+
+A thought (see `augment.worked`) has one step for each addition, so its length is proportional to the difficulty by
+construction: the demonstration shows that thoughts can teach, and says nothing of how long a model's own would be.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import orjson
+
+from tpt_megatron.augment.worked import answer_of, parse_problem, state_problem, work_out
+from tpt_megatron.errors import DataError
+from tpt_megatron.files import open_atomic, parse_json_line, read_lines
+from tpt_megatron.tokenizer import train_word_tokenizer
+
+NAMES = ("Ann", "Bob", "Cas", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo", "Mia", "Ned", "Oda", "Pia")
+WORDS = ("Coins", "Last", "digit", "of", "the", "total", "Answer", "Working", "So", "answer", "is", ":", ",", ".", "?", "+", "=")
+DELIMITERS = ("<think>", "</think>")
+MAX_STEPS = 5
+WORKED_SHARE = 0.15
+UNANSWERED_SHARE = 0.30
+_ATTEMPTS = 10_000
+
+
+def vocabulary() -> list[str]:
+    """Return every word that documents, thoughts and the default delimiters hold, each once."""
+    return [*DELIMITERS, *WORDS, *(str(digit) for digit in range(10)), *NAMES]
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write the tokenizer.json whose tokens are the vocabulary's words."""
+    train_word_tokenizer((), vocabulary()).save(path)
+
+
+def write_corpus(path: Path, documents: int, seed: int) -> None:
+    """Write raw documents as JSONL: id, text, source, steps (the number of additions). Equal arguments give equal bytes."""
+    random = Random(f"corpus {seed}")
+    with open_atomic(path) as file:
+        for number in range(documents):
+            steps = random.randint(1, MAX_STEPS)
+            text = _dress(_draw(random, steps), random.random())
+            file.write(_line({"id": f"demo-{seed}-{number:07d}", "text": text, "source": "demo", "steps": steps}))
+
+
+def write_problems(path: Path, problems: int, seed: int, exclude: set[str]) -> None:
+    """Write held-out problems as JSONL: id, problem (up to and including the question mark), answer, steps.
+
+    As many of each number of steps, none of them in `exclude` (problem statements) and none twice. Raises DataError when
+    so many new problems cannot be found.
+    """
+    random = Random(f"problems {seed}")
+    seen = set(exclude)
+    with open_atomic(path) as file:
+        for number in range(problems):
+            steps = 1 + number % MAX_STEPS
+            values, problem = _draw_new(random, steps, seen)
+            seen.add(problem)
+            file.write(_line({"id": f"problem-{seed}-{number:05d}", "problem": problem, "answer": str(answer_of(values)), "steps": steps}))
+
+
+def read_statements(corpus: Path) -> set[str]:
+    """Return the problem statements of a corpus that `write_corpus` wrote; DataError where a text holds none."""
+    statements = set()
+    for number, line in read_lines(corpus):
+        values = parse_problem(parse_json_line(line, f"{corpus}:{number}")["text"])
+        if values is None:
+            raise DataError(f"{corpus}:{number}: not a problem of the demonstration; write the corpus again")
+        statements.add(state_problem(values))
+    return statements
+
+
+def _draw(random: Random, steps: int) -> list[tuple[str, int]]:
+    return [(name, random.randrange(10)) for name in random.sample(NAMES, steps + 1)]
+
+
+def _draw_new(random: Random, steps: int, seen: set[str]) -> tuple[list[tuple[str, int]], str]:
+    for _ in range(_ATTEMPTS):
+        values = _draw(random, steps)
+        problem = state_problem(values)
+        if problem not in seen:
+            return values, problem
+    raise DataError(f"no new problem of {steps} additions found in {_ATTEMPTS} draws; ask for fewer problems or a smaller corpus")
+
+
+def _dress(values: list[tuple[str, int]], draw: float) -> str:
+    """Return the document's text; `draw` in [0, 1) chooses whether it is worked, unanswered or answered directly."""
+    problem = state_problem(values)
+    if draw < WORKED_SHARE:
+        return f"{problem} Working : {work_out(values)}"
+    if draw < WORKED_SHARE + UNANSWERED_SHARE:
+        return problem
+    return f"{problem} Answer : {answer_of(values)} ."
+
+
+def _line(record: dict[str, object]) -> bytes:
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
