@@ -42,20 +42,8 @@ _MODULES_WITH_CUDA_LITERALS = (
 )
 
 _FACTORIES = (
-    "tensor",
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "arange",
-    "rand",
-    "randn",
-    "randint",
-    "as_tensor",
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
+    *("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint"),
+    *("as_tensor", "zeros_like", "ones_like", "empty_like", "full_like"),
 )
 
 
@@ -170,7 +158,7 @@ class FusedAdam(torch.optim.Optimizer):
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             if not params:
                 continue
-            torch._fused_adamw_(  # type: ignore[attr-defined]
+            torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],

@@ -50,7 +50,7 @@ def join(parallel: ParallelConfig) -> Layout:
     else:
         backend = "gloo"
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         dist.init_process_group(backend)
     parallel_state.initialize_model_parallel(

@@ -1,0 +1,1 @@
+"""The trainer: loop, schedule, data order, metrics, signals. What happens when; mcore says how."""

@@ -27,8 +27,9 @@ class SequenceOrder:
         self._document_attention = document_attention
         self.sequences_per_epoch = (int(dataset.offsets[-1]) - 1) // sequence_length
         if self.sequences_per_epoch < 1:
+            total = int(dataset.offsets[-1])
             raise DataError(
-                f"{dataset.prefix}: {int(dataset.offsets[-1])} tokens do not fill one sequence of {sequence_length} + 1; give more data or shorten data.sequence_length"
+                f"{dataset.prefix}: {total} tokens do not fill one sequence of {sequence_length} + 1; give more data or shorten data.sequence_length"
             )
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)

@@ -24,7 +24,7 @@ class MetricsFile:
         if path.exists():
             _cut_after(path, first_step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; a value that is not finite is written as a string, since JSON has no NaN."""

@@ -1,0 +1,102 @@
+"""`tpt demo`: the whole road, small. Every stage is the command that a user would type, shown and then run.
+
+    documents -> augment -> preprocess (two arms) -> train (two arms, two ranks) -> export -> evaluate -> compare
+
+Nothing here knows how a stage works: the demonstration writes the corpus, calls the commands, and points to the report.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.markup import escape
+
+from tpt_megatron.demo import corpus
+from tpt_megatron.errors import DataError, TptError
+from tpt_megatron.log import console
+
+DOCUMENTS = 60_000
+PROBLEMS = 100
+RANKS = 2
+SEED = 1
+
+NOTES = (
+    "A demonstration on made-up problems with a model of 0.2 million parameters and one seed an arm. It shows the whole road and, at equal "
+    "training tokens, an arm that reads worked thoughts learning to work problems out before the arm that reads the raw text alone. The thoughts "
+    "are computed and always right, so it shows nothing of how well a model would write them, nor what happens at any larger scale; the moment at "
+    "which learning sets in varies by seed. Scores are for letting the model work before it answers, each arm cued in its own format."
+)
+
+
+def run_demo(output: Path) -> None:
+    """Run every stage into `output`; a demonstration that was interrupted there continues where it stopped.
+
+    Raises DataError when `output` holds something else, and TptError when a stage fails (its own message is above).
+    """
+    _claim(output)
+    began = time.monotonic()
+    console.print("[bold]Thinking-augmented pretraining, small:[/] two arms, the same documents, equal training tokens. About ten minutes on two cores.")
+    documents, problems, tokenizer = output / "documents.jsonl", output / "problems.jsonl", output / "tokenizer.json"
+    _title("Documents: short sums; 15 % show their work, 30 % have no answer")
+    if not problems.exists():
+        corpus.write_corpus(documents, DOCUMENTS, SEED)
+        corpus.write_tokenizer(tokenizer)
+        corpus.write_problems(problems, PROBLEMS, SEED, corpus.read_statements(documents))
+    console.print(f"{DOCUMENTS:,} documents in {documents}, {PROBLEMS} held-out problems in {problems}")
+    _title("Augment: a worked thought about every document")
+    _tpt("augment", "demo-augment", f"input={documents}", f"output={output / 'augmented'}")
+    _title("Preprocess: the same documents as two arms, vanilla (document) and append (document, then thought)")
+    _tpt("preprocess", "demo-preprocess", f"input={output / 'augmented'}", f"output={output / 'datasets'}", f"tokenizer={tokenizer}")
+    runs = {arm: output / "runs" / arm for arm in ("vanilla", "append")}
+    for arm, run_dir in runs.items():
+        _title(f"Train: the {arm} arm on megatron-core, {RANKS} ranks")
+        data = output / "datasets" / arm
+        _torchrun("train", "demo-train", f"run_dir={run_dir}", f"data.train={data / 'train'}", f"data.validation={data / 'validation'}")
+    for arm, run_dir in runs.items():
+        _title(f"Export and evaluate: the {arm} arm, every checkpoint, on held-out problems")
+        model = output / "models" / arm
+        if not model.exists():
+            _tpt("convert", "export", str(run_dir), str(model))
+        _tpt("evaluate", f"demo-evaluate-{arm}", f"run_dir={run_dir}", f"problems={problems}")
+    _title("Compare")
+    _tpt("compare", *map(str, runs.values()), "--output", str(output / "report"), "--notes", NOTES)
+    console.print(f"\n[bold]What this shows.[/] {NOTES}")
+    console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {output / 'report' / 'report.html'}; the models are in {output / 'models'}.")
+
+
+def _claim(output: Path) -> None:
+    """Mark `output` as a demonstration's folder; DataError when it holds something else."""
+    marker = output / ".tpt-demo"
+    if output.exists() and not marker.exists() and any(output.iterdir()):
+        raise DataError(f"{output}: the folder is not empty and not a demonstration's; give --output another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def _title(text: str) -> None:
+    console.print(f"\n[bold cyan]{escape(text)}[/]")
+
+
+def _tpt(*arguments: str) -> None:
+    _run(["tpt", *arguments], [sys.executable, "-m", "tpt_megatron.cli", *arguments])
+
+
+def _torchrun(*arguments: str) -> None:
+    launcher = ["--standalone", f"--nproc-per-node={RANKS}", "--module", "tpt_megatron.cli", *arguments]
+    _run(["torchrun", *launcher], [sys.executable, "-m", "torch.distributed.run", *launcher])
+
+
+def _run(shown: list[str], command: list[str]) -> None:
+    """Print a command as a user would type it, then run it; TptError when it fails."""
+    line = shlex.join([argument if argument != NOTES else "..." for argument in shown])
+    console.print(f"$ {line}", style="dim", markup=False, highlight=False)
+    # One thread a process: two ranks on two cores are slower when each starts more.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code != 0:
+        raise TptError(f"the demonstration stopped: `{line}` ended with exit code {code}; its message is above")
