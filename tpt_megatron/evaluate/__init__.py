@@ -1,0 +1,1 @@
+"""Scores of a model, or of every checkpoint of a run, on problems with checkable answers."""
