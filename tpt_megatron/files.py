@@ -5,16 +5,18 @@ Nothing half-written carries a finished name: writers fill a temporary neighbour
 
 from __future__ import annotations
 
+import codecs
 import glob
+import gzip
 import hashlib
 import io
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, overload
+from typing import IO, Any, Literal, cast, overload
 
 import orjson
 import zstandard
@@ -24,6 +26,7 @@ from tpt_megatron import __version__
 from tpt_megatron.errors import DataError, RecordError
 
 MANIFEST_VERSION = 1
+AUGMENTED = "augmented"
 
 
 def sync_folder(folder: Path) -> None:
@@ -38,6 +41,24 @@ def sync_folder(folder: Path) -> None:
 def temporary_neighbour(path: Path) -> Path:
     """Return a hidden name beside `path`, of this process alone, for what is not finished yet."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that no longer run left under temporary names in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        process = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
+        if process.isdigit() and not _is_running(int(process)):
+            path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @overload
@@ -119,19 +140,37 @@ def sha256_of(path: Path) -> str:
 def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
     """Return the files that names, folders and globs stand for, each once, in sorted order within a pattern.
 
-    A folder stands for the record files in it. Raises DataError when a pattern matches nothing.
+    A folder stands for the record files in it; an output folder of `tpt augment` stands for its shards, whose sizes are
+    checked. Raises DataError when a pattern matches nothing, or when such an output is incomplete.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
         base = Path(pattern)
         if base.is_dir():
-            matches = sorted(path for path in base.iterdir() if is_record_file(path))
+            matches = _augmented_shards(base) or sorted(path for path in base.iterdir() if path.is_file() and is_record_file(path))
         else:
-            matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True)) if not base.exists() else [base]
+            matches = [base] if base.exists() else sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
         if not matches:
             raise DataError(f"{pattern}: no input file matches; give a .jsonl, .jsonl.gz or .jsonl.zst file, a folder of them, or a glob")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _augmented_shards(folder: Path) -> list[Path]:
+    """Return the shards of an augment output; none where the folder is something else."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
+        if (folder / "shards").is_dir():
+            raise DataError(
+                f"{folder}: an unfinished output of tpt augment (shards without manifest.json); run it again, it goes on where it stopped"
+            )
+        return []
+    value = read_json(manifest_path)
+    if not isinstance(value, dict) or value.get("kind") != AUGMENTED:
+        return []
+    manifest = read_manifest(manifest_path, AUGMENTED)
+    check_outputs(manifest, folder, checksums=False)
+    return [folder / entry.name for entry in manifest.outputs if entry.name.startswith("shards/")]
 
 
 def is_record_file(path: Path) -> bool:
@@ -139,27 +178,62 @@ def is_record_file(path: Path) -> bool:
     return path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")) and not path.name.startswith(".")
 
 
-def _open_lines(path: Path) -> IO[bytes]:
+class _ZstdFrames(io.RawIOBase):
+    """Bytes of all frames of a zstd file. The library's own reader stops after the first, and takes a cut-off one for whole."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._rest = b""
+        self._in_frame = False
+
+    def readable(self) -> bool:
+        """Say that this can be read."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer`; EOFError when the file ends within a frame."""
+        while not self._rest:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
+            data = data or self._file.read(1 << 17)
+            if not data:
+                if self._in_frame:
+                    raise EOFError("it ends within a zstd frame")
+                return 0
+            self._in_frame = True
+            self._rest = self._frame.decompress(data)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        import gzip
-
-        return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
     if path.suffix == ".zst":
-        return zstandard.open(path, "rb")  # type: ignore[return-value]
-    return open(path, "rb")
+        return io.BufferedReader(_ZstdFrames(file), 1 << 17)
+    return file
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line without its end) of a plain, gzip or zstd file, one line in memory at a time.
 
-    Raises DataError when the file cannot be read or its compressed stream is cut off or damaged.
+    A byte-order mark before the first line is left out. `progress`, when given, hears of the file's bytes as they are
+    read. Raises DataError when the file cannot be read or its compressed stream is cut off or damaged.
     """
-    number = 0
+    number = reported = 0
     try:
-        with _open_lines(path) as file:
-            for line in io.BufferedReader(file) if path.suffix == ".zst" else file:  # type: ignore[arg-type]
+        with open(path, "rb") as file:
+            for line in _decompressed(file, path):
                 number += 1
-                yield number, line.rstrip(b"\r\n")
+                yield number, line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n")
+                if progress is not None and number % 256 == 0:
+                    at = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+                    progress(at - reported)
+                    reported = at
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (EOFError, zlib.error, zstandard.ZstdError) as error:

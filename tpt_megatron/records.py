@@ -86,7 +86,8 @@ def _optional(record: Mapping[str, Any], key: str, kind: type, where: str) -> An
 def read_document(record: object, where: str, names: FieldNames = FieldNames()) -> Document:
     """Read a document out of a parsed JSON value.
 
-    `where` is FILE:LINE, for the message. A missing `id` is made from the text. Raises RecordError when the record is not
+    `where` is FILE:LINE, for the message. A missing `id` is made from the text. With `names` of the caller's own, another
+    field that is called id, text or source is kept as `input_id`, `input_text` or `input_source`. Raises RecordError when the record is not
     an object, when its text is missing, empty or no string, or when id or source have the wrong type.
     """
     if not isinstance(record, Mapping):
@@ -102,8 +103,13 @@ def read_document(record: object, where: str, names: FieldNames = FieldNames()) 
     else:
         identity = _string(record, names.id, where)
     source = None if record.get(names.source) is None else _string(record, names.source, where)
-    extra = {key: value for key, value in record.items() if key not in (names.text, names.id, names.source)}
+    extra = {_extra_name(key): value for key, value in record.items() if key not in (names.text, names.id, names.source)}
     return Document(identity, text, source, extra)
+
+
+def _extra_name(key: str) -> str:
+    """Return the name under which an extra field is kept: one that our own schema uses gives way to it."""
+    return f"input_{key}" if key in ("id", "text", "source") else key
 
 
 def _read_thought(record: object, where: str) -> Thought:
