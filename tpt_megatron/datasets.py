@@ -82,6 +82,8 @@ def open_dataset(prefix: str | Path) -> TokenDataset:
             raise DataError(f"{path}: no such file; a dataset is named without its ending, for example data/append/train")
     details = None
     manifest_path = sidecar(prefix, "manifest.json")
+    if sidecar(prefix, "parts.bin").is_file() and not manifest_path.is_file():
+        raise DataError(f"{prefix}: sidecars without {manifest_path.name}: tpt preprocess did not finish; run it again")
     if manifest_path.is_file():
         manifest = read_manifest(manifest_path, MANIFEST_KIND)
         check_outputs(manifest, prefix.parent, checksums=False)

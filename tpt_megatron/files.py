@@ -161,9 +161,7 @@ def _augmented_shards(folder: Path) -> list[Path]:
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         if (folder / "shards").is_dir():
-            raise DataError(
-                f"{folder}: an unfinished output of tpt augment (shards without manifest.json); run it again, it goes on where it stopped"
-            )
+            raise DataError(f"{folder}: an unfinished output of tpt augment (shards without manifest.json); run it again, it goes on where it stopped")
         return []
     value = read_json(manifest_path)
     if not isinstance(value, dict) or value.get("kind") != AUGMENTED:
