@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+from fake_runs import write_run
+from rich.console import Console
+
+from tpt_megatron.compare.figures import smooth
+from tpt_megatron.compare.report import terminal_table
+from tpt_megatron.compare.runner import run_compare
+from tpt_megatron.errors import MachineError, UsageError
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    vanilla = [write_run(tmp_path / f"v{seed}", "vanilla", seed, [(10_000, 0.0), (100_000, 0.6)]) for seed in (1, 2)]
+    return vanilla + [write_run(tmp_path / f"t{seed}", "tpt", seed, [(10_000, 0.0), (50_000, 0.8)], parts=True) for seed in (1, 2)]
+
+
+def test_report_stands_alone_and_says_what_it_must(runs: list[Path], tmp_path: Path) -> None:
+    result = run_compare(runs, tmp_path / "out", "Made-up <numbers>.\n\nSecond paragraph.")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
+    assert result["headlines"] == ["direct: tpt reaches vanilla's final score of 0.600 after 40k tokens, vanilla after 100k: a data-efficiency factor of 2.50."]
+    assert "data-efficiency factor of 2.50" in html
+    assert "not comparable" in html
+    assert "Made-up &lt;numbers&gt;." in html
+    assert "not reached" in html
+    assert html.count("<svg") == 6  # score, length, four losses
+    assert not re.search(r"""(src|href)=["']https?:""", html)
+    assert not re.search(r"<(script|link|img)\b", html)
+
+
+def test_same_runs_give_the_same_report(runs: list[Path], tmp_path: Path) -> None:
+    run_compare(runs, tmp_path / "a")
+    run_compare(runs, tmp_path / "b")
+    assert (tmp_path / "a" / "report.html").read_bytes() == (tmp_path / "b" / "report.html").read_bytes()
+
+
+def test_runs_without_scores_give_losses_and_say_so(tmp_path: Path) -> None:
+    result = run_compare([write_run(tmp_path / "r", "tpt", 1)], tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert result["tasks"] == {}
+    assert "shows losses only" in html
+    assert html.count("<svg") == 2
+    assert "Score on" not in html
+
+
+def test_terminal_table_holds_scores_and_factors(runs: list[Path], tmp_path: Path) -> None:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(terminal_table(run_compare(runs, tmp_path / "out")))
+        text = console.export_text()
+    assert re.search(r"direct\W+tpt\W+2\W+50k\W+0\.800\W+2\.50×", text)
+
+
+def test_long_curves_are_averaged_in_pieces() -> None:
+    line = [[float(i), float(i % 2)] for i in range(1000)]
+    assert len(smooth(line, 100)) == 100
+    assert smooth(line, 100)[0] == [4.5, 0.5]
+    assert smooth(line[:3], 100) == line[:3]
+    assert smooth([], 100) == []
+
+
+def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="at least one"):
+        run_compare([], tmp_path / "out")
+    with pytest.raises(UsageError, match="twice"):
+        run_compare([runs[0], runs[0]], tmp_path / "out")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"tpt-megatron\[report\]"):
+        run_compare(runs, tmp_path / "out")
+
+
+def test_compare_loads_no_torch() -> None:
+    code = "import sys, tpt_megatron.compare.report, tpt_megatron.compare.runner; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

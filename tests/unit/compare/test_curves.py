@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_runs import write_run
+
+from tpt_megatron.compare.curves import Point, compare_arms, efficiency, group_by_arm, mean_curve, read_run, tokens_to_reach
+from tpt_megatron.errors import DataError
+
+
+def curve(*points: tuple[int, float]) -> tuple[Point, ...]:
+    return tuple(Point(tokens, value) for tokens, value in points)
+
+
+RISING = curve((100, 0.0), (200, 0.4), (300, 0.2), (400, 0.6))
+
+
+@pytest.mark.parametrize(("score", "tokens"), [(0.2, 150.0), (0.4, 200.0), (0.5, 375.0), (0.61, None), (0.0, 100.0), (-1.0, 100.0)])
+def test_first_crossing_is_interpolated(score: float, tokens: float | None) -> None:
+    assert tokens_to_reach(RISING, score) == (None if tokens is None else pytest.approx(tokens))
+
+
+def test_mean_is_taken_where_all_seeds_were_scored() -> None:
+    assert mean_curve([curve((1, 0.0), (2, 0.4)), curve((2, 0.6), (3, 1.0))]) == curve((2, 0.5))
+    assert mean_curve([]) == ()
+
+
+def test_factor_is_the_ratio_of_tokens() -> None:
+    found = efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.0), (200, 1.0)), 0.6)
+    assert (found.vanilla_tokens, found.arm_tokens, found.is_lower_bound) == (pytest.approx(400), pytest.approx(160), False)
+    assert found.factor == pytest.approx(2.5)
+
+
+def test_factor_is_a_lower_bound_where_vanilla_never_arrives_or_the_arm_starts_there() -> None:
+    found = efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.0), (200, 1.0)), 0.75)
+    assert (found.vanilla_tokens, found.factor, found.is_lower_bound) == (None, pytest.approx(400 / 175), True)
+    found = efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.7), (200, 1.0)), 0.6)
+    assert (found.factor, found.is_lower_bound) == (pytest.approx(4.0), True)
+
+
+def test_no_factor_where_nobody_knows() -> None:
+    assert efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.0), (200, 0.3)), 0.6).factor is None
+    assert efficiency(curve((100, 0.5), (400, 0.6)), curve((100, 0.0), (200, 0.7)), 0.4).factor is None
+
+
+def test_arms_are_grouped_over_seeds_with_vanilla_first(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, arm, i)) for i, (name, arm) in enumerate((("a", "append"), ("b", "vanilla"), ("c", "append"), ("d", None)))]
+    assert {arm: [run.seed for run in members] for arm, members in group_by_arm(runs).items()} == {"vanilla": [1], "append": [0, 2], "unnamed": [3]}
+    assert list(group_by_arm(runs)) == ["vanilla", "append", "unnamed"]
+
+
+def test_comparison_at_vanillas_final_score(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"v{seed}", "vanilla", seed, [(10_000, 0.0), (100_000, 0.5 + seed / 10)]) for seed in (0, 1)]
+    runs += [write_run(tmp_path / f"t{seed}", "tpt", seed, [(10_000, 0.1), (50_000, 0.5), (100_000, 1.0)]) for seed in (0, 1)]
+    result = compare_arms([read_run(run) for run in runs])
+    arm = result["tasks"]["direct"]["tpt"]
+    assert arm["efficiency_at_baseline_final"]["target"] == pytest.approx(0.55)
+    assert arm["efficiency_at_baseline_final"]["factor"] == pytest.approx(100_000 / 55_000)
+    assert arm["tokens_to"]["0.5"] == 50_000
+    assert result["tasks"]["direct"]["vanilla"]["final_by_seed"] == [0.5, 0.6]
+    assert result["tasks"]["direct"]["vanilla"]["tokens_to"]["0.9"] is None
+    assert result["cautions"] == []
+
+
+def test_cautions_are_said(tmp_path: Path) -> None:
+    flat = write_run(tmp_path / "v", "vanilla", 0, [(10_000, 0.3), (90_000, 0.3)])
+    other = write_run(tmp_path / "t", "tpt", 0, [(10_000, 0.1), (100_000, 0.5)], settings={"limit": 5})
+    bare = write_run(tmp_path / "n", "tpt", 1)
+    result = compare_arms([read_run(run) for run in (flat, other, bare)])
+    text = " ".join(result["cautions"])
+    seen = ("Without evaluation results", "different settings", "One seed only: vanilla", "different token counts")
+    for said in (*seen, "did not improve on direct", "above a threshold"):
+        assert said in text
+    assert result["tasks"]["direct"]["tpt"]["efficiency_at_baseline_final"] is None
+    assert "no data-efficiency factor" in " ".join(compare_arms([read_run(other)])["cautions"])
+
+
+def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no run\.json"):
+        read_run(tmp_path)
+    run = write_run(tmp_path / "r", "a", 1, [(1000, 0.5)])
+    (run / "evaluation" / "iter_0000001.json").write_text("{}")
+    with pytest.raises(DataError, match=r"iter_0000001\.json: not an evaluation result"):
+        read_run(run)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
+        read_run(run)

@@ -1,0 +1,213 @@
+"""What runs say, arm by arm: curves of score over tokens, and how many tokens an arm needs for a score.
+
+A score's mean curve is taken over an arm's runs (seeds) at the token counts that all of them were evaluated at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpt_megatron.errors import DataError
+from tpt_megatron.files import parse_json_line, read_json, read_lines
+
+VANILLA = "vanilla"
+THRESHOLDS = (0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value after so many tokens."""
+
+    tokens: int
+    value: float
+
+
+Curve = tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its arm, its loss curves, and each task's scores and lengths of continuation."""
+
+    path: Path
+    arm: str
+    seed: int | None
+    losses: dict[str, Curve]
+    scores: dict[str, Curve]
+    new_tokens: dict[str, Curve]
+    problems: int | None
+    settings: dict[str, Any] = field(repr=False)
+
+
+LOSSES = ("loss", "validation_loss", "loss_document", "loss_thinking")
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder. Evaluation results are optional; DataError for a folder that is no run or holds damaged files."""
+    if not (path / "run.json").is_file():
+        raise DataError(f"{path}: not a run folder (no run.json in it); give folders that tpt train wrote")
+    about = read_json(path / "run.json")
+    steps = []
+    for number, line in read_lines(path / "metrics.jsonl"):
+        step = parse_json_line(line, f"{path / 'metrics.jsonl'}:{number}")
+        if not isinstance(step, dict) or "tokens_seen" not in step or "loss" not in step:
+            raise DataError(f"{path / 'metrics.jsonl'}:{number}: a step has tokens_seen and loss, found {line[:60]!r}")
+        steps.append(step)
+    losses = {name: tuple(Point(step["tokens_seen"], step[name]) for step in steps if step.get(name) is not None) for name in LOSSES}
+    results = _read_results(path)
+    tasks = sorted({task for result in results for task in result["tasks"]})
+    config = about.get("config", {})
+    return Run(
+        path=path,
+        arm=about.get("arm") or "unnamed",
+        seed=config.get("seed"),
+        losses={name: curve for name, curve in losses.items() if curve},
+        scores={task: _task_curve(results, task, "accuracy") for task in tasks},
+        new_tokens={task: _task_curve(results, task, "mean_new_tokens") for task in tasks},
+        problems=results[-1]["problems"] if results else None,
+        settings={key: value for key, value in results[-1]["settings"].items() if key != "weights"} if results else {},
+    )
+
+
+def _read_results(run: Path) -> list[dict[str, Any]]:
+    """Return the evaluation results of a run's checkpoints in the order of tokens; those of other models are left out."""
+    results = []
+    for path in sorted((run / "evaluation").glob("iter_*.json")):
+        result = read_json(path)
+        if not isinstance(result, dict) or not {"tokens_seen", "tasks", "problems", "settings"} <= result.keys():
+            raise DataError(f"{path}: not an evaluation result; remove it and evaluate the run again")
+        if result["tokens_seen"] is not None:
+            results.append(result)
+    return sorted(results, key=lambda result: int(result["tokens_seen"]))
+
+
+def _task_curve(results: Sequence[dict[str, Any]], task: str, measure: str) -> Curve:
+    return tuple(Point(result["tokens_seen"], result["tasks"][task][measure]) for result in results if task in result["tasks"])
+
+
+def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each arm: vanilla first, the others by name."""
+    arms = sorted({run.arm for run in runs}, key=lambda arm: (arm != VANILLA, arm))
+    return {arm: [run for run in runs if run.arm == arm] for arm in arms}
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Average curves at the token counts that all of them have."""
+    values = [{point.tokens: point.value for point in curve} for curve in curves]
+    shared = sorted(set.intersection(*(set(value) for value in values))) if values else []
+    return tuple(Point(tokens, sum(value[tokens] for value in values) / len(values)) for tokens in shared)
+
+
+def tokens_to_reach(curve: Curve, score: float) -> float | None:
+    """Return the tokens at which a curve first reaches a score, linear between its points; None when it never does.
+
+    A curve that starts at or above the score reached it at its first point at the latest.
+    """
+    for i, point in enumerate(curve):
+        if point.value >= score:
+            if i == 0:
+                return float(point.tokens)
+            before = curve[i - 1]
+            return before.tokens + (point.tokens - before.tokens) * (score - before.value) / (point.value - before.value)
+    return None
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Tokens that vanilla and another arm need for one score.
+
+    factor is vanilla's tokens by the arm's: 3 means that the arm needs a third. It is a lower bound when vanilla never reached
+    the score (then the tokens it saw are counted), or when the arm had reached it at its first checkpoint. None: the arm did
+    not reach the score, or vanilla had it at its first checkpoint, so that nobody knows when.
+    """
+
+    target: float
+    vanilla_tokens: float | None
+    arm_tokens: float | None
+    factor: float | None
+    is_lower_bound: bool
+
+
+def efficiency(vanilla: Curve, arm: Curve, target: float) -> Efficiency:
+    """Compare the tokens two mean curves need for a score. Both must have points."""
+    vanilla_tokens, arm_tokens = tokens_to_reach(vanilla, target), tokens_to_reach(arm, target)
+    if arm_tokens is None or vanilla[0].value >= target:
+        return Efficiency(target, vanilla_tokens, arm_tokens, None, False)
+    counted = vanilla_tokens if vanilla_tokens is not None else float(vanilla[-1].tokens)
+    return Efficiency(target, vanilla_tokens, arm_tokens, counted / arm_tokens, vanilla_tokens is None or arm[0].value >= target)
+
+
+def compare_arms(runs: Sequence[Run], baseline: str = VANILLA) -> dict[str, Any]:
+    """Return the comparison as plain data, as report.json holds it.
+
+    Per task and arm: every seed's curve, the mean, the best and the final score, the tokens to each threshold, and, where
+    the baseline was scored too, the efficiency at the baseline's final score and at each threshold.
+    """
+    arms = group_by_arm(runs)
+    tasks = sorted({task for run in runs for task in run.scores})
+    return {
+        "format": 1,
+        "baseline": baseline if baseline in arms else None,
+        "arms": {arm: {"runs": [str(run.path) for run in members], "seeds": [run.seed for run in members]} for arm, members in arms.items()},
+        "problems": sorted({run.problems for run in runs if run.problems is not None}),
+        "tasks": {task: _compare_task(arms, task, baseline) for task in tasks},
+        "cautions": _cautions(arms, runs, baseline),
+    }
+
+
+def _compare_task(arms: dict[str, list[Run]], task: str, baseline: str) -> dict[str, Any]:
+    means = {arm: mean_curve([run.scores[task] for run in members if task in run.scores]) for arm, members in arms.items()}
+    vanilla = means.get(baseline, ())
+    return {arm: _compare_arm(arms[arm], task, mean, vanilla if arm != baseline else ()) for arm, mean in means.items() if mean}
+
+
+def _compare_arm(members: Sequence[Run], task: str, mean: Curve, vanilla: Curve) -> dict[str, Any]:
+    scored = [run for run in members if task in run.scores]
+    finals = [run.scores[task][-1].value for run in scored]
+    lengths = mean_curve([run.new_tokens[task] for run in scored])
+    return {
+        "mean": [[point.tokens, point.value] for point in mean],
+        "seeds": [[[point.tokens, point.value] for point in run.scores[task]] for run in scored],
+        "mean_new_tokens": [[point.tokens, point.value] for point in lengths],
+        "final": mean[-1].value,
+        "final_by_seed": finals,
+        "best": max(point.value for point in mean),
+        "tokens": mean[-1].tokens,
+        "tokens_to": {str(threshold): tokens_to_reach(mean, threshold) for threshold in THRESHOLDS},
+        "efficiency_at_baseline_final": _as_data(efficiency(vanilla, mean, vanilla[-1].value)) if vanilla and vanilla[-1].value > vanilla[0].value else None,
+        "efficiency": {str(threshold): _as_data(efficiency(vanilla, mean, threshold)) for threshold in THRESHOLDS} if vanilla else None,
+    }
+
+
+def _as_data(value: Efficiency) -> dict[str, Any]:
+    return dict(vars(value))
+
+
+def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) -> list[str]:
+    """Return what a reader must know before believing the numbers, in plain sentences."""
+    said = []
+    scored = [run for run in runs if run.scores]
+    if not scored:
+        return ["No run has evaluation results: the report shows losses only, and losses of different arms are not comparable. Run tpt evaluate on each run."]
+    if len(scored) < len(runs):
+        said.append(f"Without evaluation results, and so without scores: {', '.join(str(run.path) for run in runs if not run.scores)}.")
+    if baseline not in arms:
+        said.append(f"No run is of the arm {baseline!r}, so no data-efficiency factor can be given.")
+    if len({json.dumps(run.settings, sort_keys=True) for run in scored}) > 1:
+        said.append("The runs were evaluated with different settings or problems: their scores are not comparable.")
+    if lonely := [arm for arm, members in arms.items() if len(members) == 1]:
+        said.append(f"One seed only: {', '.join(lonely)}. A difference between arms may be chance.")
+    if len({run.scores[task][-1].tokens for run in scored for task in run.scores}) > 1:
+        said.append("Runs end at different token counts; compare scores at equal tokens, not final scores.")
+    for task in sorted({task for run in arms.get(baseline, []) for task in run.scores}):
+        curve = mean_curve([run.scores[task] for run in arms[baseline] if task in run.scores])
+        if curve and curve[-1].value <= curve[0].value:
+            said.append(f"{baseline} did not improve on {task} between its first and last checkpoint, so no factor is given at its final score.")
+    starts = [task for arm in arms.values() for run in arm for task in run.scores if run.scores[task][0].value >= THRESHOLDS[0]]
+    if starts:
+        said.append("Some curve starts above a threshold already: its tokens to that threshold are those of its first checkpoint, an upper bound.")
+    return said
