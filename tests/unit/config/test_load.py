@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tpt_megatron.config.augment import AugmentConfig, FieldGenerator, WorkedGenerator
+from tpt_megatron.config.load import load_config
+from tpt_megatron.config.preprocess import PreprocessConfig
+from tpt_megatron.errors import ConfigError
+
+GOOD = "input: a.jsonl\noutput: out\ngenerator: {kind: field, field: thought}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> AugmentConfig:
+    path = tmp_path / "augment.yaml"
+    path.write_text(text)
+    return load_config(AugmentConfig, str(path), overrides)
+
+
+def test_one_string_is_a_list_of_one_and_defaults_are_filled_in(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert config.input == ("a.jsonl",)
+    assert config.generator == FieldGenerator(kind="field", field="thought")
+    assert config.on_bad_record == "set_aside"
+
+
+def test_overrides_are_yaml_with_dotted_names_and_the_last_wins(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD, "input=[b.jsonl, c.jsonl]", "fields.text=x", "fields.text=content", "generator={kind: worked}")
+    assert config.input == ("b.jsonl", "c.jsonl")
+    assert config.fields.text == "content"
+    assert config.generator == WorkedGenerator(kind="worked")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (GOOD + "inptu: 3\n", (), "unknown key 'inptu'; allowed here: fields, generator, input, on_bad_record, output"),
+        (GOOD, ("fields.txt=a",), "unknown key 'fields.txt'; allowed here: id, source, text"),
+        (GOOD, ("generator.fild=a",), "allowed here: field, kind"),
+        ("input: a\ngenerator: {kind: worked}\n", (), "key 'output' is missing"),
+        (GOOD, ("on_bad_record=ignore",), "on_bad_record='ignore': input should be 'set_aside' or 'fail'"),
+        (GOOD, ("generator.kind=magic",), "magic"),
+        ("a: [\n", (), "augment.yaml:2: not valid YAML"),
+        ("- a\n", (), "found a list"),
+        (GOOD, ("output",), "not of the form key=value"),
+        (GOOD, ("input.a=3",), "input is a value, not a group of keys"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(tmp_path: Path, text: str, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_file_and_bad_encoding_are_config_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(AugmentConfig, str(tmp_path / "none.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"input: \xe9\n")
+    with pytest.raises(ConfigError, match="not valid UTF-8 at byte 7"):
+        load_config(AugmentConfig, str(tmp_path / "latin.yaml"))
+
+
+@pytest.mark.parametrize("override", ["arms=[]", "arms=[vanilla, vanilla]", "validation_fraction=1.0", "validation_fraction=.nan", "arms=[interleave]"])
+def test_impossible_preprocess_settings_are_refused(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "preprocess.yaml"
+    path.write_text("input: a\noutput: b\ntokenizer: byte\n")
+    assert load_config(PreprocessConfig, str(path)).arms == ("vanilla", "append")
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_config(PreprocessConfig, str(path), [override])
