@@ -139,12 +139,15 @@ def compare(
 
 
 @app.command()
-def demo(output: Annotated[Path, typer.Option(help="Folder for everything the demonstration makes.")] = Path("demo-output")) -> None:
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demonstration makes.")] = Path("demo-output"),
+    steps: Annotated[int, typer.Option(min=20, help="Training steps an arm; fewer make a quicker look that shows less.")] = 1500,
+) -> None:
     """Go the whole road, small, on this machine: documents, thoughts, two arms, training, export, evaluation, report."""
     _require("torch", "megatron.core", "psutil", "transformers", "matplotlib", "jinja2", extra="all")
     from tpt_megatron.demo.run import run_demo
 
-    run_demo(output)
+    run_demo(output, steps)
 
 
 @app.command()

@@ -22,6 +22,8 @@ from tpt_megatron.log import console
 
 DOCUMENTS = 60_000
 PROBLEMS = 100
+STEPS = 1500
+CHECKPOINTS = 10
 RANKS = 2
 SEED = 1
 
@@ -33,14 +35,16 @@ NOTES = (
 )
 
 
-def run_demo(output: Path) -> None:
+def run_demo(output: Path, steps: int = STEPS) -> None:
     """Run every stage into `output`; a demonstration that was interrupted there continues where it stopped.
 
-    Raises DataError when `output` holds something else, and TptError when a stage fails (its own message is above).
+    `steps` of training an arm: fewer make a quicker look, at which nothing need have been learnt. Raises DataError when `output` holds something else, and TptError when a stage fails (its own message is above).
     """
     _claim(output)
+    interval = max(1, steps // CHECKPOINTS)
+    schedule = (f"steps={steps}", f"checkpoint.every_steps={interval}", f"validate_every_steps={interval}", f"optimizer.warmup_steps={min(50, steps // 10)}")
     began = time.monotonic()
-    console.print("[bold]Thinking-augmented pretraining, small:[/] two arms, the same documents, equal training tokens. About ten minutes on two cores.")
+    console.print("[bold]Thinking-augmented pretraining, small:[/] two arms, the same documents, equal training tokens. Some minutes on two cores.")
     documents, problems, tokenizer = output / "documents.jsonl", output / "problems.jsonl", output / "tokenizer.json"
     _title("Documents: short sums; 15 % show their work, 30 % have no answer")
     if not problems.exists():
@@ -56,7 +60,7 @@ def run_demo(output: Path) -> None:
     for arm, run_dir in runs.items():
         _title(f"Train: the {arm} arm on megatron-core, {RANKS} ranks")
         data = output / "datasets" / arm
-        _torchrun("train", "demo-train", f"run_dir={run_dir}", f"data.train={data / 'train'}", f"data.validation={data / 'validation'}")
+        _torchrun("train", "demo-train", f"run_dir={run_dir}", f"data.train={data / 'train'}", f"data.validation={data / 'validation'}", *schedule)
     for arm, run_dir in runs.items():
         _title(f"Export and evaluate: the {arm} arm, every checkpoint, on held-out problems")
         model = output / "models" / arm

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tpt_megatron.errors import CheckpointError
 from tpt_megatron.files import read_json, sync_folder, sync_tree, write_json, write_text
@@ -97,9 +98,10 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: cannot be loaded ({reason}); use an earlier iter_ folder, or a config of the model that it holds") from error
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        # torch gathers the ranks' failures into one that is no Exception; its first line names the rank, the last the cause.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise CheckpointError(f"{folder}: cannot be loaded ({lines[-1]}): it is damaged; write the step of an earlier iter_ folder into {TRACKER}") from error
     unwrap_model(engine.model).load_state_dict(loaded["model"])
     with torch.no_grad():
         engine.optimizer.load_state_dict(loaded["optimizer"])

@@ -1,0 +1,87 @@
+"""The stages by hand on real input, as docs/by-hand.md walks through them: GSM8K, TP=2 and PP=2, export, generate."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+EXAMPLES = ROOT / "examples" / "gsm8k"
+DOCUMENTS = 7473
+
+
+def run(*command: str) -> str:
+    ended = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with GSM8K augmented and preprocessed."""
+    if not GSM8K.is_file():
+        assert not os.environ.get("CI"), f"{GSM8K} is missing: CI must run this test"
+        pytest.skip(f"needs GSM8K's train.jsonl at {GSM8K}")
+    work = tmp_path_factory.mktemp("gsm8k")
+    run("-m", "tpt_megatron.cli", "augment", str(EXAMPLES / "1-augment.yaml"), f"input={GSM8K}", f"output={work / 'augmented'}")
+    run("-m", "tpt_megatron.cli", "preprocess", str(EXAMPLES / "2-preprocess.yaml"), f"input={work / 'augmented'}", f"output={work / 'datasets'}")
+    return work
+
+
+def manifest(work: Path, arm: str, split: str) -> dict[str, int]:
+    counts: dict[str, int] = json.loads((work / "datasets" / arm / f"{split}.manifest.json").read_text())["counts"]
+    return counts
+
+
+def test_every_document_is_in_both_arms(work: Path) -> None:
+    for arm in ("vanilla", "append"):
+        assert sum(manifest(work, arm, split)["documents"] for split in ("train", "validation")) == DOCUMENTS
+    for split in ("train", "validation"):
+        vanilla, append = manifest(work, "vanilla", split), manifest(work, "append", split)
+        assert append["tokens_document"] == vanilla["tokens"]
+        assert append["tokens_thinking"] > vanilla["tokens"] / 2
+
+
+@pytest.mark.parametrize("axis", ["tensor_parallel", "pipeline_parallel"])
+def test_training_exports_a_model_that_transformers_runs(work: Path, axis: str) -> None:
+    run_dir, model_dir = work / f"run-{axis}", work / f"model-{axis}"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "tpt_megatron.cli")
+    data = work / "datasets" / "append"
+    run(
+        *launcher,
+        "train",
+        str(EXAMPLES / "3-train.yaml"),
+        f"run_dir={run_dir}",
+        f"data.train={data / 'train'}",
+        f"data.validation={data / 'validation'}",
+        f"parallel.{axis}=2",
+    )
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+    assert metrics[-1]["tokens_seen"] == 20 * 8 * 256
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
+    assert metrics[-1]["validation_loss"] == pytest.approx(metrics[-1]["loss"], abs=0.5)
+    assert {"gradient_norm", "learning_rate", "tokens_per_second", "step_time_s", "loss_document", "loss_thinking"} <= metrics[-1].keys()
+    described = json.loads((run_dir / "run.json").read_text())
+    assert described["arm"] == "append"
+    assert described["config"]["parallel"][axis] == 2
+    assert described["sessions"][0]["versions"]["megatron-core"] == "0.16.1"
+
+    run("-m", "tpt_megatron.cli", "convert", "export", str(run_dir), str(model_dir))
+    generate = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer; folder = sys.argv[1]\n"
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
+        "inputs = tokenizer('Natalia sold 48 clips', return_tensors='pt')\n"
+        "with torch.no_grad(): loss = model(**inputs, labels=inputs['input_ids']).loss.item()\n"
+        "out = model.generate(**inputs, max_new_tokens=16, do_sample=False)\n"
+        "print(inputs['input_ids'].shape[1], out.shape[1], loss)\n"
+    )
+    prompt_tokens, total_tokens, loss = run("-c", generate, str(model_dir)).split()
+    assert int(prompt_tokens) == len("Natalia sold 48 clips")
+    assert int(total_tokens) > int(prompt_tokens)
+    # An export that scrambled the weights would be near or above the uniform ln(257) = 5.5.
+    assert float(loss) < 4.5

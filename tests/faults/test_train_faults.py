@@ -1,0 +1,167 @@
+"""What goes wrong around a training run: signals, damaged checkpoints, other data, another model. Real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two datasets, `datasets/append/train` of one corpus and `other/append/train` of another."""
+    root = tmp_path_factory.mktemp("data")
+    for name, seed in (("datasets", 1), ("other", 2)):
+        texts = [{"text": f"document {i * seed} says {i % 7}", "thoughts": [{"text": f"{i} mod 7 is {i % 7}", "generator": "g"}]} for i in range(400)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+        (root / f"{name}.yaml").write_text(f"input: {root}/{name}.jsonl\noutput: {root}/{name}\ntokenizer: byte\narms: [append]\n")
+        subprocess.run([sys.executable, "-m", "tpt_megatron.cli", "preprocess", str(root / f"{name}.yaml")], check=True, capture_output=True)
+    return root
+
+
+def write_config(folder: Path, datasets: Path, **changes: Any) -> Path:
+    config = {
+        "run_dir": str(folder / "run"),
+        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 80, "num_heads": 4, "num_query_groups": 2},
+        "data": {"train": str(datasets / "datasets" / "append" / "train"), "sequence_length": 32},
+        "optimizer": {"learning_rate": 1e-3},
+        "steps": STEPS,
+        "global_batch_sequences": 4,
+        "checkpoint": {"every_steps": 4},
+        **changes,
+    }
+    path = folder / "train.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tpt_megatron.cli", "train", str(config), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    ended = train(write_config(folder, datasets))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    return folder
+
+
+def rewind(folder: Path, step: int) -> None:
+    (folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
+
+
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+    copy_of(unbroken, tmp_path)
+    rewind(tmp_path, 8)
+    config = write_config(tmp_path, datasets)
+    assert train(config).returncode == 0
+    assert losses(tmp_path) == losses(unbroken)
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]) == 2
+
+
+def test_sigterm_saves_and_exits_3_and_the_same_command_continues(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+    # So many steps that the signal comes in the middle; the schedule is constant, so the first ones equal the unbroken run's.
+    config = write_config(tmp_path, datasets, steps=100_000)
+    command = [sys.executable, "-m", "tpt_megatron.cli", "train", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "run the same command again to continue" in stderr
+    saved = int((tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert losses(tmp_path)[-1][0] == saved
+    ended = train(config, f"steps={saved + 2}")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = losses(tmp_path)
+    assert [step for step, _, _ in found] == list(range(1, saved + 3))
+    shared = min(len(found), STEPS)
+    assert found[:shared] == losses(unbroken)[:shared]
+
+
+def damage_tracker(run: Path) -> None:
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("garbage")
+
+
+def remove_marker(run: Path) -> None:
+    (run / "checkpoints" / f"iter_{STEPS:07d}" / "metadata.json").unlink()
+
+
+def cut_off_shard(run: Path) -> None:
+    shard = max((run / "checkpoints" / f"iter_{STEPS:07d}").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def remove_folder(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / f"iter_{STEPS:07d}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_tracker, "expected a step number, found 'garbage'"),
+        (remove_marker, "not a complete checkpoint"),
+        (cut_off_shard, "cannot be loaded"),
+        (remove_folder, "no such checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path, unbroken: Path, damage: Any, says: str) -> None:
+    copy_of(unbroken, tmp_path)
+    damage(tmp_path / "run")
+    ended = train(write_config(tmp_path, datasets, steps=STEPS + 1))
+    assert ended.returncode == 1
+    assert says in ended.stderr
+    assert str(tmp_path / "run" / "checkpoints") in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert losses(tmp_path) == losses(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("model.ffn_hidden_size=96",), "the checkpoint has model.ffn_hidden_size=80, the config 96"),
+        (("data.train={root}/other/append/train",), "was trained on other data"),
+        (("seed=5",), "was trained on other data"),
+        (("global_batch_sequences=6", "micro_batch_sequences=4"), "global_batch_sequences=6 is not a multiple of"),
+    ],
+)
+def test_what_does_not_continue_the_run_is_refused(tmp_path: Path, datasets: Path, unbroken: Path, overrides: tuple[str, ...], says: str) -> None:
+    copy_of(unbroken, tmp_path)
+    ended = train(write_config(tmp_path, datasets, steps=STEPS + 1), *(override.format(root=datasets) for override in overrides))
+    assert ended.returncode in (1, 2)
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+    copy_of(unbroken, tmp_path)
+    leftover = tmp_path / "run" / "checkpoints" / ".iter_0000099.tmp"
+    leftover.mkdir()
+    assert train(write_config(tmp_path, datasets, steps=STEPS + 1)).returncode == 0
+    assert not leftover.exists()

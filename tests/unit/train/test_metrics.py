@@ -1,0 +1,32 @@
+import math
+from pathlib import Path
+
+import orjson
+
+from tpt_megatron.train.metrics import MetricsFile, versions
+
+
+def steps(path: Path) -> list[int]:
+    return [orjson.loads(line)["step"] for line in path.read_bytes().splitlines()]
+
+
+def test_a_resumed_run_cuts_off_what_its_checkpoint_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0) as metrics:
+        for step in (1, 2, 3, 4):
+            metrics.write({"step": step})
+    with open(path, "ab") as file:
+        file.write(b'{"step": 5, "lo')  # torn by a crash
+    with MetricsFile(path, 2) as metrics:
+        metrics.write({"step": 3})
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_value_that_json_does_not_know_stays_readable(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "m.jsonl", 0) as metrics:
+        metrics.write({"step": 1, "gradient_norm": math.inf})
+    assert orjson.loads((tmp_path / "m.jsonl").read_bytes()) == {"step": 1, "gradient_norm": "inf"}
+
+
+def test_a_run_can_say_what_made_it() -> None:
+    assert {"torch", "megatron-core"} <= set(versions())
