@@ -48,7 +48,7 @@ class PlainLayer(nn.Module):
         self.gate_up, self.down = nn.Linear(width, 2 * feed_forward, bias=False), nn.Linear(feed_forward, width, bias=False)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [b, s, width]; cos and sin [s, head_dim]."""
+        """Return x [b, s, width] after the layer; cos and sin [s, head_dim]."""
         b, s, width = x.shape
         q, k, v = self.qkv(self.norm_1(x)).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (t * cos + torch.cat((-t[..., t.size(-1) // 2 :], t[..., : t.size(-1) // 2]), -1) * sin for t in (q, k))

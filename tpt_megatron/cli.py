@@ -132,9 +132,13 @@ def compare(
 ) -> None:
     """Compare runs: curves, scores against tokens, and how many fewer tokens thinking needed."""
     _require("matplotlib", "jinja2", extra="report")
+    from rich.console import Console
+
+    from tpt_megatron.compare.report import terminal_table
     from tpt_megatron.compare.runner import run_compare
 
-    run_compare(run_dirs, output, notes)
+    comparison = run_compare(run_dirs, output, notes)
+    Console().print(terminal_table(comparison))
     print(f"report: {output / 'report.html'}")
 
 

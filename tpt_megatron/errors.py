@@ -60,7 +60,7 @@ class MachineError(TptError):
     """The machine lacks something the run needs."""
 
 
-class Stopped(TptError):
+class Stopped(TptError):  # noqa: N818 - no error: the work is saved
     """A signal asked the run to stop; everything finished was saved."""
 
     exit_code: ClassVar[int] = 3

@@ -183,6 +183,24 @@ def _compare_arm(members: Sequence[Run], task: str, mean: Curve, vanilla: Curve)
     }
 
 
+def _how_asked(scored: Sequence[Run]) -> list[str]:
+    """Say where the runs' evaluations differ. Prompts may: each arm is cued in the format that its text has."""
+
+    def apart_from_prompts(settings: dict[str, Any]) -> str:
+        tasks = {name: {key: value for key, value in task.items() if key != "prompt"} for name, task in settings["tasks"].items()}
+        return json.dumps({**settings, "problems": settings["problems"]["sha256"], "tasks": tasks}, sort_keys=True)
+
+    if len({apart_from_prompts(run.settings) for run in scored}) > 1:
+        return ["The runs were evaluated with different settings or problems: their scores are not comparable."]
+    said = []
+    for name in scored[0].settings["tasks"]:
+        prompts = {run.arm: run.settings["tasks"][name]["prompt"] for run in scored}
+        if len(set(prompts.values())) > 1:
+            listed = "; ".join(f"{arm}: \u201c{prompt}\u201d" for arm, prompt in prompts.items())
+            said.append(f"On {name} the arms were asked with different prompts. {listed}.")
+    return said
+
+
 def _as_data(value: Efficiency) -> dict[str, Any]:
     return dict(vars(value))
 
@@ -197,8 +215,7 @@ def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) ->
         said.append(f"Without evaluation results, and so without scores: {', '.join(str(run.path) for run in runs if not run.scores)}.")
     if baseline not in arms:
         said.append(f"No run is of the arm {baseline!r}, so no data-efficiency factor can be given.")
-    if len({json.dumps(run.settings, sort_keys=True) for run in scored}) > 1:
-        said.append("The runs were evaluated with different settings or problems: their scores are not comparable.")
+    said += _how_asked(scored)
     if lonely := [arm for arm, members in arms.items() if len(members) == 1]:
         said.append(f"One seed only: {', '.join(lonely)}. A difference between arms may be chance.")
     if len({run.scores[task][-1].tokens for run in scored for task in run.scores}) > 1:

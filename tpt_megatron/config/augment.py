@@ -43,7 +43,7 @@ class AugmentConfig(Config):
 
     input          record files (.jsonl, .jsonl.gz, .jsonl.zst), folders of them, or globs
     output         folder for one shard of augmented documents an input file, and `manifest.json`
-    on_bad_record  set_aside: write it to `bad_records.jsonl`, count it, go on; fail: stop at the first
+    on_bad_record  set_aside: write it to the output's `bad/`, count it, go on; fail: stop at the first
     """
 
     input: OneOrMore

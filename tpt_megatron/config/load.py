@@ -13,10 +13,10 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tpt_megatron.errors import ConfigError
-
 
 STAGES = ("augment", "preprocess", "train", "evaluate")
 
@@ -156,14 +156,16 @@ def _describe(kind: type[BaseModel], prefix: str) -> list[str]:
     lines = [inspect.cleandoc(kind.__doc__ or ""), ""]
     deeper: list[str] = []
     for name, field in kind.model_fields.items():
-        if field.is_required():
-            default = "required"
-        else:
-            default = f"default {field.default!r}" if not isinstance(field.default, BaseModel) else "optional group"
-        lines.append(f"  {prefix}{name}: {_type_name(field.annotation)} ({default})")
+        lines.append(f"  {prefix}{name}: {_type_name(field.annotation)} ({_default(field)})")
         for model in _models_in(field.annotation):
             deeper += _describe(model, f"{prefix}{name}.")
     return ["\n".join(lines), *deeper]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "optional group" if isinstance(field.default, BaseModel) else f"default {field.default!r}"
 
 
 def _type_name(annotation: Any) -> str:

@@ -20,7 +20,7 @@ from tpt_megatron.demo import corpus
 from tpt_megatron.errors import DataError, TptError
 from tpt_megatron.log import console
 
-DOCUMENTS = 60_000
+DOCUMENTS = 120_000  # so many that neither arm sees a document twice
 PROBLEMS = 100
 STEPS = 1500
 CHECKPOINTS = 10
@@ -38,7 +38,8 @@ NOTES = (
 def run_demo(output: Path, steps: int = STEPS) -> None:
     """Run every stage into `output`; a demonstration that was interrupted there continues where it stopped.
 
-    `steps` of training an arm: fewer make a quicker look, at which nothing need have been learnt. Raises DataError when `output` holds something else, and TptError when a stage fails (its own message is above).
+    `steps` of training an arm: fewer make a quicker look, at which nothing need have been learnt. Raises DataError when
+    `output` holds something else, and TptError when a stage fails (its own message is above).
     """
     _claim(output)
     interval = max(1, steps // CHECKPOINTS)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SETTINGS: dict[str, Any] = {"limit": 0, "problems": {"name": "p.jsonl", "sha256": "0"}, "tasks": {"sums": {"prompt": "{problem}", "max_new_tokens": 2}}}
+
 
 def write_run(
     folder: Path, arm: str | None, seed: int, scores: Sequence[tuple[int, float]] = (), *, parts: bool = False, settings: dict[str, Any] | None = None
@@ -30,7 +32,7 @@ def write_run(
             "arm": arm,
             "problems": 200,
             "tasks": {"direct": {"accuracy": accuracy, "correct": round(200 * accuracy), "failed_extractions": 0, "mean_new_tokens": 10.0 + 20 * accuracy}},
-            "settings": settings or {"limit": 0, "weights": str(folder)},
+            "settings": {**SETTINGS, "weights": str(folder), **(settings or {})},
         }
         (folder / "evaluation" / f"iter_{tokens // 1000:07d}.json").write_text(json.dumps(result))
     return folder

@@ -86,3 +86,12 @@ def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
         read_run(run)
+
+
+def test_prompts_that_differ_are_said_without_calling_scores_incomparable(tmp_path: Path) -> None:
+    asked = {"tasks": {"sums": {"prompt": "{problem} <think>", "max_new_tokens": 2}}}
+    vanilla = write_run(tmp_path / "v", "vanilla", 0, [(10, 0.1), (20, 0.2)])
+    append = write_run(tmp_path / "a", "append", 0, [(10, 0.1), (20, 0.5)], settings=asked)
+    cautions = " ".join(compare_arms([read_run(vanilla), read_run(append)])["cautions"])
+    assert "On sums the arms were asked with different prompts. vanilla: “{problem}”; append: “{problem} <think>”." in cautions
+    assert "not comparable" not in cautions
