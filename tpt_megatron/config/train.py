@@ -34,8 +34,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; give head_dim or change one of them")
+        # megatron-core could do without this when head_dim is given; the Hugging Face Llama format, to which it is exported, could not.
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; change one of them")
         if self.num_heads % self.num_query_groups:
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_query_groups={self.num_query_groups}")
         if self.head_size % 2:
