@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from tpt_megatron import __version__
-from tpt_megatron.errors import TptError
+from tpt_megatron.errors import Stopped, TptError
 
 app = typer.Typer(
     name="tpt",
@@ -29,14 +31,22 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 def main() -> None:
     """Run the command line; print a user's mistake as one line and exit with its code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)  # training replaces it: it saves first
     try:
         app()
     except TptError as error:
         print(f"tpt: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("tpt: interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(3)
+    except OSError as error:  # no permission, no space, a file where a folder should be: the system's words say it best
+        if error.strerror is None:
+            raise
+        print(f"tpt: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
 
 
 def _version(asked: bool) -> None:

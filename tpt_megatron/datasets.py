@@ -68,6 +68,11 @@ class TokenDataset:
     offsets: npt.NDArray[np.int64]
     details: dict[str, Any] | None
 
+    def largest_token(self) -> int:
+        """Return the largest id in the dataset; reads all of it, a block at a time."""
+        block = 1 << 24
+        return max(int(self.tokens[start : start + block].max()) for start in range(0, len(self.tokens), block))
+
 
 def open_dataset(prefix: str | Path) -> TokenDataset:
     """Map the dataset PREFIX.bin, PREFIX.idx, with its sidecars where it has them.

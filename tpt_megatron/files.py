@@ -20,10 +20,10 @@ from typing import IO, Any, Literal, cast, overload
 
 import orjson
 import zstandard
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tpt_megatron import __version__
-from tpt_megatron.errors import DataError, RecordError
+from tpt_megatron.errors import ConfigError, DataError, RecordError
 
 MANIFEST_VERSION = 1
 AUGMENTED = "augmented"
@@ -150,10 +150,20 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
             matches = _augmented_shards(base) or sorted(path for path in base.iterdir() if path.is_file() and is_record_file(path))
         else:
             matches = [base] if base.exists() else sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        for path in matches:
+            if path.suffix == ".parquet":
+                raise DataError(f"{path}: Parquet input is not supported yet; write it as .jsonl, .jsonl.gz or .jsonl.zst")
         if not matches:
             raise DataError(f"{pattern}: no input file matches; give a .jsonl, .jsonl.gz or .jsonl.zst file, a folder of them, or a glob")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def refuse_inputs_in_output(patterns: tuple[str, ...], output: Path) -> None:
+    """Raise ConfigError when a stage would read what it writes: on the next run its output would be its input."""
+    for pattern in patterns:
+        if output.resolve() in (Path(pattern).resolve(), *Path(pattern).resolve().parents):
+            raise ConfigError(f"input={pattern} lies in output={output}; give an output folder apart from the input")
 
 
 def _augmented_shards(folder: Path) -> list[Path]:
@@ -292,7 +302,10 @@ def read_manifest(path: Path, kind: str) -> Manifest:
         raise DataError(f"{path}: expected a manifest of kind {kind!r}, found {found!r}")
     if value.get("manifest_version") != MANIFEST_VERSION:
         raise DataError(f"{path}: manifest version {value.get('manifest_version')} is not supported (this release reads {MANIFEST_VERSION})")
-    return Manifest.model_validate(value)
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        raise DataError(f"{path}: a damaged manifest ({error.error_count()} field(s) missing or wrong); make what it describes again") from None
 
 
 def describe_file(path: Path, name: str | None = None) -> FileEntry:

@@ -103,11 +103,11 @@ def read_document(record: object, where: str, names: FieldNames = FieldNames()) 
     else:
         identity = _string(record, names.id, where)
     source = None if record.get(names.source) is None else _string(record, names.source, where)
-    extra = {_extra_name(key): value for key, value in record.items() if key not in (names.text, names.id, names.source)}
+    extra = {extra_name(key): value for key, value in record.items() if key not in (names.text, names.id, names.source)}
     return Document(identity, text, source, extra)
 
 
-def _extra_name(key: str) -> str:
+def extra_name(key: str) -> str:
     """Return the name under which an extra field is kept: one that our own schema uses gives way to it."""
     return f"input_{key}" if key in ("id", "text", "source") else key
 

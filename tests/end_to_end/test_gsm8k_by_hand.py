@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_training_exports_a_model_that_transformers_runs(work: Path, axis: str) 
         f"data.validation={data / 'validation'}",
         f"parallel.{axis}=2",
     )
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode), "a rank wrote over the null device"
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, 21))
     assert metrics[-1]["tokens_seen"] == 20 * 8 * 256

@@ -142,18 +142,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path,
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "code", "says"),
     [
-        (("model.ffn_hidden_size=96",), "the checkpoint has model.ffn_hidden_size=80, the config 96"),
-        (("data.train={root}/other/append/train",), "was trained on other data"),
-        (("seed=5",), "was trained on other data"),
-        (("global_batch_sequences=6", "micro_batch_sequences=4"), "global_batch_sequences=6 is not a multiple of"),
+        (("model.ffn_hidden_size=96",), 1, "the checkpoint has model.ffn_hidden_size=80, the config 96"),
+        (("data.train={root}/other/append/train",), 1, "was trained on other data"),
+        (("seed=5",), 1, "was trained on other data"),
+        (("precision=bf16",), 1, "the checkpoint was trained in fp32"),
+        (("global_batch_sequences=6", "micro_batch_sequences=4"), 2, "global_batch_sequences=6 is not a multiple of"),
     ],
 )
-def test_what_does_not_continue_the_run_is_refused(tmp_path: Path, datasets: Path, unbroken: Path, overrides: tuple[str, ...], says: str) -> None:
+def test_what_does_not_continue_the_run_is_refused(tmp_path: Path, datasets: Path, unbroken: Path, overrides: tuple[str, ...], code: int, says: str) -> None:
     copy_of(unbroken, tmp_path)
     ended = train(write_config(tmp_path, datasets, steps=STEPS + 1), *(override.format(root=datasets) for override in overrides))
-    assert ended.returncode in (1, 2)
+    assert ended.returncode == code
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
     assert losses(tmp_path) == losses(unbroken)
@@ -165,3 +166,29 @@ def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Pat
     leftover.mkdir()
     assert train(write_config(tmp_path, datasets, steps=STEPS + 1)).returncode == 0
     assert not leftover.exists()
+
+
+def test_a_diverging_run_stops_in_one_line_and_saves_nothing(tmp_path: Path, datasets: Path) -> None:
+    ended = train(write_config(tmp_path, datasets), "optimizer.learning_rate=1e30", "optimizer.clip_gradient_norm=0")
+    assert ended.returncode == 1
+    assert "lower optimizer.learning_rate" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("iter_*"))
+
+
+def test_a_vocabulary_smaller_than_a_bare_datasets_tokens_is_refused(tmp_path: Path, datasets: Path) -> None:
+    for ending in ("bin", "idx"):
+        shutil.copy(datasets / "datasets" / "append" / f"train.{ending}", tmp_path / f"bare.{ending}")
+    config = write_config(tmp_path, datasets)
+    ended = train(config, f"data.train={tmp_path / 'bare'}", "model.vocab_size=64")
+    assert ended.returncode == 2
+    assert "model.vocab_size=64 is smaller than the vocabulary" in ended.stderr
+    assert train(config, f"data.train={tmp_path / 'bare'}", "model.vocab_size=257", "steps=2").returncode == 0
+
+
+def test_an_unwritable_run_folder_is_one_line(tmp_path: Path, datasets: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    ended = train(write_config(tmp_path, datasets))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert (tmp_path / "run").read_text() == "a file"

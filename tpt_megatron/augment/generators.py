@@ -7,7 +7,7 @@ from typing import Protocol
 from tpt_megatron.augment.worked import WorkedThoughts
 from tpt_megatron.config.augment import FieldGenerator, WorkedGenerator
 from tpt_megatron.errors import RecordError
-from tpt_megatron.records import Document, Thought
+from tpt_megatron.records import Document, Thought, extra_name
 
 
 class Generator(Protocol):
@@ -26,9 +26,10 @@ class FieldThoughts:
 
     def think(self, document: Document, where: str) -> tuple[Thought, ...]:
         """Return the field's text as the one thought; RecordError when it is missing, empty or no string."""
-        if self._field not in document.extra:
+        kept_as = extra_name(self._field)
+        if kept_as not in document.extra:
             raise RecordError(where, f"field {self._field!r} is missing, and generator.field names it")
-        text = document.extra[self._field]
+        text = document.extra[kept_as]
         if not isinstance(text, str):
             raise RecordError(where, f"field {self._field!r} must be a string, found {'null' if text is None else type(text).__name__}")
         if not text.strip():

@@ -21,7 +21,17 @@ from tpt_megatron.augment.generators import Generator, make_generator
 from tpt_megatron.bad_records import BadRecords, LineCounts, read_records
 from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.errors import ConfigError, DataError, RecordError
-from tpt_megatron.files import AUGMENTED, Manifest, check_outputs, describe_file, expand_inputs, open_atomic, read_manifest, remove_leftovers
+from tpt_megatron.files import (
+    AUGMENTED,
+    Manifest,
+    check_outputs,
+    describe_file,
+    expand_inputs,
+    open_atomic,
+    read_manifest,
+    refuse_inputs_in_output,
+    remove_leftovers,
+)
 from tpt_megatron.log import Bar, progress_bar
 from tpt_megatron.records import AugmentedDocument, augmented_to_record, read_augmented
 
@@ -32,9 +42,11 @@ SHARD_KIND = "augmented_shard"
 def run_augment(config: AugmentConfig) -> Manifest:
     """Write the augmented documents of all inputs to `config.output` and return the manifest.
 
-    Raises ConfigError when the output holds results of other settings or other inputs, DataError for an input that cannot
-    be read, and under on_bad_record=fail RecordError for the first bad record.
+    An input whose content has changed since is augmented again. Raises ConfigError when the output holds results of other
+    settings or of inputs of other names, or when an input lies in it; DataError for an input that cannot be read, and when
+    not one record could be used; and under on_bad_record=fail RecordError for the first bad record.
     """
+    refuse_inputs_in_output(config.input, config.output)
     inputs = expand_inputs(config.input)
     settings = config.model_dump(mode="json", exclude={"input", "output"})
     _check_output(config.output, settings, len(inputs))
@@ -59,6 +71,8 @@ def run_augment(config: AugmentConfig) -> Manifest:
         counts={name: sum(shard.counts[name] for shard in shards) for name in shards[0].counts},
     )
     counts = manifest.counts
+    if counts["bad_records"] and not counts["documents"]:
+        raise DataError(f"{config.output}: none of the {counts['lines_read']} lines of {', '.join(config.input)} gave a document; the reasons are above")
     assert counts["lines_read"] == counts["documents"] + counts["bad_records"] + counts["blank_lines"]
     manifest.write(config.output / "manifest.json")
     return manifest
@@ -91,6 +105,10 @@ def _finished_shard(output: Path, number: int, path: Path) -> Manifest | None:
     if not manifest_path.is_file():
         return None
     manifest = read_manifest(manifest_path, SHARD_KIND)
+    if manifest.inputs[0].name != str(path):
+        raise ConfigError(
+            f"output={output}: {_shard_name(number)} was made from {manifest.inputs[0].name}, not {path}; give another output, or remove the folder"
+        )
     if manifest.inputs != (describe_file(path, str(path)),):
         logger.info("%s: its input is not the one it was made from; made again", output / _shard_name(number))
         return None

@@ -194,9 +194,9 @@ def _how_asked(scored: Sequence[Run]) -> list[str]:
         return ["The runs were evaluated with different settings or problems: their scores are not comparable."]
     said = []
     for name in scored[0].settings["tasks"]:
-        prompts = {run.arm: run.settings["tasks"][name]["prompt"] for run in scored}
-        if len(set(prompts.values())) > 1:
-            listed = "; ".join(f"{arm}: \u201c{prompt}\u201d" for arm, prompt in prompts.items())
+        prompts = dict.fromkeys((run.arm, run.settings["tasks"][name]["prompt"]) for run in scored)
+        if len({prompt for _, prompt in prompts}) > 1:
+            listed = "; ".join(f"{arm}: \u201c{prompt}\u201d" for arm, prompt in prompts)
             said.append(f"On {name} the arms were asked with different prompts. {listed}.")
     return said
 

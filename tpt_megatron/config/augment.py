@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tpt_megatron.config.load import Config, OneOrMore
 from tpt_megatron.records import FieldNames
@@ -51,3 +51,11 @@ class AugmentConfig(Config):
     generator: Annotated[FieldGenerator | WorkedGenerator, Field(discriminator="kind")]
     fields: InputFields = InputFields()
     on_bad_record: OnBadRecord = "set_aside"
+
+    @model_validator(mode="after")
+    def _thoughts_are_not_the_document(self) -> Self:
+        if isinstance(self.generator, FieldGenerator) and self.generator.field in (self.fields.text, self.fields.id, self.fields.source):
+            raise ValueError(
+                f"generator.field={self.generator.field!r} is already the document's own text, id or source; name the field that holds the thought"
+            )
+        return self

@@ -45,7 +45,7 @@ def load_config(kind: type[SomeConfig], name: str, overrides: Sequence[str] = ()
     text, origin = _read(name)
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-99-99 looks like a date
         mark = getattr(error, "problem_mark", None)
         place = f"{origin}:{mark.line + 1}" if mark else origin
         raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
@@ -89,12 +89,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *parents, last = key.strip().split(".")
     here: Any = values
     for i, parent in enumerate(parents):
-        here = here.setdefault(parent, {})
+        if here.get(parent) is None:
+            here[parent] = {}
+        here = here[parent]
         if not isinstance(here, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a group of keys")
     here[last] = value

@@ -85,7 +85,10 @@ class OptimizerConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are written. One is always written at the end; every_steps 0 means only then."""
+    """When checkpoints are written: every so many steps, and at the end; every_steps 0 means only at the end.
+
+    load_from  an iter_ folder whose weights and optimizer state a new run starts from
+    """
 
     every_steps: int = Field(0, ge=0)
     load_from: Path | None = None

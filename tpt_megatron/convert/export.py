@@ -42,10 +42,6 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     if kept not in DTYPES:
         raise CheckpointError(f"{folder / 'tpt.json'}: precision {kept!r} is not known; give dtype as one of {', '.join(DTYPES)}")
     check_keys(reader, record)
-    if record.model.hidden_size % record.model.num_heads:  # transformers 5 checks this even where head_dim is given
-        raise ConversionError(
-            f"{folder}: hidden_size={record.model.hidden_size} is not divisible by num_heads={record.model.num_heads}; transformers refuses such a Llama"
-        )
     try:
         with whole_folder(output) as temporary:
             _write_tensors(temporary, reader, record, DTYPES[kept], shard_bytes)

@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.markup import escape
 
 from tpt_megatron.demo import corpus
-from tpt_megatron.errors import DataError, TptError
+from tpt_megatron.errors import DataError, Stopped, TptError
+from tpt_megatron.files import write_text
 from tpt_megatron.log import console
 
 DOCUMENTS = 120_000  # so many that neither arm sees a document twice
@@ -41,7 +42,7 @@ def run_demo(output: Path, steps: int = STEPS) -> None:
     `steps` of training an arm: fewer make a quicker look, at which nothing need have been learnt. Raises DataError when
     `output` holds something else, and TptError when a stage fails (its own message is above).
     """
-    _claim(output)
+    _claim(output, f"{DOCUMENTS} documents, {PROBLEMS} problems, seed {SEED}, {steps} steps\n")
     interval = max(1, steps // CHECKPOINTS)
     schedule = (f"steps={steps}", f"checkpoint.every_steps={interval}", f"validate_every_steps={interval}", f"optimizer.warmup_steps={min(50, steps // 10)}")
     began = time.monotonic()
@@ -74,13 +75,14 @@ def run_demo(output: Path, steps: int = STEPS) -> None:
     console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {output / 'report' / 'report.html'}; the models are in {output / 'models'}.")
 
 
-def _claim(output: Path) -> None:
-    """Mark `output` as a demonstration's folder; DataError when it holds something else."""
+def _claim(output: Path, about: str) -> None:
+    """Mark `output` as the folder of this demonstration; DataError when it holds another one, or something else."""
     marker = output / ".tpt-demo"
     if output.exists() and not marker.exists() and any(output.iterdir()):
         raise DataError(f"{output}: the folder is not empty and not a demonstration's; give --output another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    marker.touch()
+    if marker.exists() and marker.read_text() != about:
+        raise DataError(f"{output}: holds a demonstration of {marker.read_text().strip()}, not of {about.strip()}; remove it or give --output another folder")
+    write_text(marker, about)
 
 
 def _title(text: str) -> None:
@@ -102,6 +104,12 @@ def _run(shown: list[str], command: list[str]) -> None:
     console.print(f"$ {line}", style="dim", markup=False, highlight=False)
     # One thread a process: two ranks on two cores are slower when each starts more.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    code = subprocess.run(command, env=environment, check=False).returncode
+    process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    except Stopped:
+        process.terminate()
+        process.wait()  # it saves first
+        raise
     if code != 0:
         raise TptError(f"the demonstration stopped: `{line}` ended with exit code {code}; its message is above")

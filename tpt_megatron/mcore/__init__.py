@@ -14,7 +14,7 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    import megatron.core
+    import megatron.core  # noqa: F401 - first, so that its warnings stay here
 
     if not torch.cuda.is_available():
         from tpt_megatron.mcore import cpu
@@ -25,5 +25,3 @@ with warnings.catch_warnings():
 for module in (r"megatron\.core\.", r"torch\.distributed\."):
     warnings.filterwarnings("ignore", module=module)
 logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-
-MEGATRON_CORE_VERSION: str = megatron.core.__version__

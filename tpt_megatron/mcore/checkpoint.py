@@ -86,8 +86,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not (folder / "tpt.json").is_file() or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise CheckpointError(f"{folder}: not a complete checkpoint (tpt.json or metadata.json is missing); use another iter_ folder")
     description = read_json(folder / "tpt.json")
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: checkpoint format {description.get('format')!r}; this release reads format {FORMAT}")
+    if not isinstance(description, dict) or not {"format", "step", "model", "precision", "data"} <= description.keys():
+        raise CheckpointError(f"{folder / 'tpt.json'}: not a checkpoint's description; it was damaged, use another iter_ folder")
+    if description["format"] != FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {description['format']!r}; this release reads format {FORMAT}")
     return dict(description)
 
 

@@ -63,11 +63,10 @@ class LossSums:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step: losses, the gradient's norm before clipping, and whether the update was applied."""
+    """One optimizer step: losses, and the gradient's norm before clipping."""
 
     losses: LossSums
     gradient_norm: float
-    applied: bool
 
 
 class Engine:
@@ -108,8 +107,8 @@ class Engine:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._forward_backward(batches, forward_only=False)
-        applied, gradient_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(gradient_norm), bool(applied))
+        _, gradient_norm, _ = self.optimizer.step()  # fp32 and bf16 never skip an update: there is no loss scaling
+        return StepResult(losses, float(gradient_norm))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSums:

@@ -21,7 +21,6 @@ class Layout:
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
-    is_last_stage: bool
 
 
 def check_world(parallel: ParallelConfig, world_size: int) -> None:
@@ -63,7 +62,6 @@ def join(parallel: ParallelConfig) -> Layout:
         world_size=world_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
     )
 
 

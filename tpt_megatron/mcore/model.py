@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from torch.nn import functional
 
 from tpt_megatron.config.train import ModelConfig, TrainConfig
-from tpt_megatron.errors import MachineError
+from tpt_megatron.errors import ConfigError, MachineError
 from tpt_megatron.mcore.attention import SdpaCoreAttention
 
 
@@ -78,8 +78,11 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _layer_spec(core: TransformerConfig) -> Any:
+def _layer_spec(core: TransformerConfig, attention: str) -> Any:
     if torch.cuda.is_available():
+        if attention == "document":
+            # Transformer Engine's causal attention would ignore the mask without a word.
+            raise ConfigError("data.attention=document is not supported on CUDA yet; set data.attention=sequence")
         try:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
@@ -105,7 +108,7 @@ def build_model(config: TrainConfig, core: TransformerConfig) -> DistributedData
     assert config.model.vocab_size > 0
     gpt: Any = GPTModel(
         config=core,
-        transformer_layer_spec=_layer_spec(core),
+        transformer_layer_spec=_layer_spec(core, config.data.attention),
         vocab_size=padded_vocabulary(config.model, config.parallel.tensor_parallel),
         max_sequence_length=config.data.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -123,7 +126,7 @@ def build_model(config: TrainConfig, core: TransformerConfig) -> DistributedData
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # the trainer looks at loss and gradient norm, and says it in one line
         bucket_size=None,
     )
     return DistributedDataParallel(config=core, ddp_config=settings, module=gpt)

@@ -20,7 +20,7 @@ from tpt_megatron.bad_records import BadRecords, LineCounts, read_records
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
 from tpt_megatron.datasets import MANIFEST_KIND, sidecar
 from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.files import FileEntry, Manifest, check_outputs, describe_file, expand_inputs, read_manifest, remove_leftovers
+from tpt_megatron.files import FileEntry, Manifest, check_outputs, describe_file, expand_inputs, read_manifest, refuse_inputs_in_output, remove_leftovers
 from tpt_megatron.log import progress_bar
 from tpt_megatron.preprocess.compose import compose
 from tpt_megatron.preprocess.dataset import DatasetWriter
@@ -43,6 +43,7 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
     _check_delimiters(config, tokenizer)
+    refuse_inputs_in_output(config.input, config.output)
     inputs = expand_inputs(config.input)
     entries = tuple(describe_file(path, str(path)) for path in inputs)
     finished: dict[str, Manifest] = {}

@@ -62,12 +62,12 @@ class Run:
         """Take every step that is left, measuring, validating and saving on the way."""
         config, rank_0 = self._config, self._layout.rank == 0
         done = self._resume()
-        if rank_0:
-            self._describe_run()
         if done >= config.steps:
             log.info("%s: all %d steps were already done", config.run_dir, config.steps)
             return
-        metrics_path = config.run_dir / "metrics.jsonl" if rank_0 else Path("/dev/null")
+        if rank_0:
+            self._describe_run()
+        metrics_path = config.run_dir / "metrics.jsonl" if rank_0 else None
         with MetricsFile(metrics_path, done) as metrics, StopRequest() as stop, progress_bar("train", config.steps, completed=done) as bar:
             for step in range(done + 1, config.steps + 1):
                 line = self._step(step)
@@ -78,6 +78,7 @@ class Run:
                 bar.advance()
                 stopping = groups.any_rank(stop.asked)
                 if stopping or step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+                    metrics.sync()
                     self._save(step)
                     log.info("step %d of %d: loss %.4f, saved", step, config.steps, line["loss"])
                 if stopping and step < config.steps:
@@ -99,8 +100,11 @@ class Run:
         )
         result = self._engine.train_step(batches, rate)
         means = result.losses.means()
-        if not math.isfinite(means["loss"]):
-            raise DataError(f"{config.run_dir}: the loss of step {step} is {means['loss']}; lower optimizer.learning_rate, or look at the data")
+        if not (math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)):
+            raise DataError(
+                f"{config.run_dir}: step {step} has loss {means['loss']} and gradient norm {result.gradient_norm}; "
+                "lower optimizer.learning_rate, or look at the data; the last checkpoint is untouched"
+            )
         seconds = time.perf_counter() - began
         return {
             "step": step,
@@ -150,6 +154,8 @@ class Run:
                 raise CheckpointError(
                     f"{folder}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"
                 )
+        if description["precision"] != self._config.precision:
+            raise CheckpointError(f"{folder}: the checkpoint was trained in {description['precision']}, the config says precision={self._config.precision}")
         data = description["data"]
         if folder.parent == self._checkpoints and data != self._data_fingerprint():
             raise CheckpointError(f"{folder}: the run was trained on other data than data.train={self._config.data.train}; use that data, or another run_dir")
@@ -192,7 +198,10 @@ class Run:
     def _describe_run(self) -> None:
         """Write run.json: how this run is made. A later session of the same run is added to the list."""
         path = self._config.run_dir / "run.json"
-        sessions = read_json(path)["sessions"] if path.exists() else []
+        described = read_json(path) if path.exists() else {"sessions": []}
+        if not isinstance(described, dict) or not isinstance(described.get("sessions"), list):
+            raise DataError(f"{path}: not a run's description; it was damaged, move it away")
+        sessions = described["sessions"]
         session = {
             "world_size": self._layout.world_size,
             "versions": versions(),
@@ -221,6 +230,12 @@ def _open_data(config: TrainConfig) -> _Data:
 
     train = open_dataset(config.data.train)
     validation = None if config.data.validation is None else order(open_dataset(config.data.validation))
+    wanted = config.validation_batches * config.global_batch_sequences
+    if config.validate_every_steps and validation is not None and wanted > validation.sequences_per_epoch:
+        raise ConfigError(
+            f"validation_batches={config.validation_batches} x global_batch_sequences={config.global_batch_sequences} = {wanted} sequences, "
+            f"but {config.data.validation} holds {validation.sequences_per_epoch}; lower validation_batches or give more validation data"
+        )
     return _Data(train, order(train), validation)
 
 
@@ -230,8 +245,10 @@ def _resolve_vocabulary(config: TrainConfig, dataset: TokenDataset) -> TrainConf
     given = config.model.vocab_size
     if not given and needed is None:
         raise ConfigError(f"model.vocab_size=0 takes the dataset's vocabulary, but {config.data.train} has no manifest that states one; give model.vocab_size")
-    if given and needed is not None and given < needed:
-        raise ConfigError(f"model.vocab_size={given} is smaller than the vocabulary of {config.data.train}, {needed}")
+    if needed is None:
+        needed = dataset.largest_token() + 1
+    if given and given < needed:
+        raise ConfigError(f"model.vocab_size={given} is smaller than the vocabulary of {config.data.train}, {needed}; raise it")
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": given or needed})})
 
 

@@ -9,18 +9,24 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
-from tpt_megatron.errors import RecordError
+from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import parse_json_line, read_lines, write_text
 
 
 class MetricsFile:
-    """Appends one line a step; on a resume, the lines of steps that the checkpoint does not know are cut off first."""
+    """Appends one line a step; on a resume, the lines of steps that the checkpoint does not know are cut off first.
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    `path` None writes nothing: one rank keeps the metrics.
+    """
+
+    def __init__(self, path: Path | None, first_step: int) -> None:
+        self._file: IO[bytes] | None = None
+        if path is None:
+            return
         if path.exists():
             _cut_after(path, first_step)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,15 +34,23 @@ class MetricsFile:
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; a value that is not finite is written as a string, since JSON has no NaN."""
+        if self._file is None:
+            return
         line = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()}
         self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def sync(self) -> None:
+        """Flush the lines to disk, so that no checkpoint outlives the metrics before it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self.sync()
+        if self._file is not None:
+            self._file.close()
 
 
 def _cut_after(path: Path, first_step: int) -> None:
@@ -47,6 +61,8 @@ def _cut_after(path: Path, first_step: int) -> None:
             metrics = parse_json_line(line, f"{path}:{number}")
         except RecordError:
             break
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+            raise DataError(f"{path}:{number}: not a line of metrics; the file is damaged, move it away")
         if metrics["step"] <= first_step:
             kept.append(line.decode())
     write_text(path, "".join(f"{line}\n" for line in kept))

@@ -94,7 +94,7 @@ def test_an_output_of_other_settings_or_of_more_inputs_is_refused(tmp_path: Path
     run_augment(config(tmp_path))
     before = contents(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"other settings .*; give another output, or remove the folder"):
-        run_augment(config(tmp_path, generator={"kind": "field", "field": "text"}))
+        run_augment(config(tmp_path, generator={"kind": "field", "field": "other"}))
     with pytest.raises(ConfigError, match="more inputs than the 1 given now"):
         run_augment(config(tmp_path, input=str(tmp_path / "in/a.jsonl")))
     assert contents(tmp_path / "out") == before

@@ -2,7 +2,9 @@ import math
 from pathlib import Path
 
 import orjson
+import pytest
 
+from tpt_megatron.errors import DataError
 from tpt_megatron.train.metrics import MetricsFile, versions
 
 
@@ -30,3 +32,18 @@ def test_a_value_that_json_does_not_know_stays_readable(tmp_path: Path) -> None:
 
 def test_a_run_can_say_what_made_it() -> None:
     assert {"torch", "megatron-core"} <= set(versions())
+
+
+def test_ranks_that_keep_no_metrics_touch_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with MetricsFile(None, 3) as metrics:
+        metrics.write({"step": 4})
+        metrics.sync()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_is_no_metrics_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a line of metrics"):
+        MetricsFile(path, 2)
