@@ -56,6 +56,9 @@ def read_run(path: Path) -> Run:
         step = parse_json_line(line, f"{path / 'metrics.jsonl'}:{number}")
         if not isinstance(step, dict) or "tokens_seen" not in step or "loss" not in step:
             raise DataError(f"{path / 'metrics.jsonl'}:{number}: a step has tokens_seen and loss, found {line[:60]!r}")
+        for name in LOSSES:
+            if not isinstance(step.get(name, 0.0), int | float):  # the trainer writes what is not finite as a string
+                raise DataError(f"{path / 'metrics.jsonl'}:{number}: {name} is {step[name]!r}, no number; a run that diverged cannot be compared")
         steps.append(step)
     losses = {name: tuple(Point(step["tokens_seen"], step[name]) for step in steps if step.get(name) is not None) for name in LOSSES}
     results = _read_results(path)
@@ -69,8 +72,13 @@ def read_run(path: Path) -> Run:
         scores={task: _task_curve(results, task, "accuracy") for task in tasks},
         new_tokens={task: _task_curve(results, task, "mean_new_tokens") for task in tasks},
         problems=results[-1]["problems"] if results else None,
-        settings={key: value for key, value in results[-1]["settings"].items() if key != "weights"} if results else {},
+        settings=_settings(results[-1]) if results else {},
     )
+
+
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result was made with, apart from the checkpoint's own weights."""
+    return {key: value for key, value in result["settings"].items() if key != "weights"}
 
 
 def _read_results(run: Path) -> list[dict[str, Any]]:
@@ -82,6 +90,8 @@ def _read_results(run: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}: not an evaluation result; remove it and evaluate the run again")
         if result["tokens_seen"] is not None:
             results.append(result)
+    if len({json.dumps(_settings(result), sort_keys=True) for result in results}) > 1:
+        raise DataError(f"{run / 'evaluation'}: its checkpoints were evaluated with different settings or problems; run tpt evaluate on the run again")
     return sorted(results, key=lambda result: int(result["tokens_seen"]))
 
 
@@ -216,6 +226,12 @@ def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) ->
     if baseline not in arms:
         said.append(f"No run is of the arm {baseline!r}, so no data-efficiency factor can be given.")
     said += _how_asked(scored)
+    for arm, members in arms.items():
+        scores: dict[str, list[Curve]] = {}
+        for run in members:
+            for task, curve in run.scores.items():
+                scores.setdefault(task, []).append(curve)
+        said += [f"{arm} is left out on {task}: its seeds share no token count." for task, curves in sorted(scores.items()) if not mean_curve(curves)]
     if lonely := [arm for arm, members in arms.items() if len(members) == 1]:
         said.append(f"One seed only: {', '.join(lonely)}. A difference between arms may be chance.")
     if len({run.scores[task][-1].tokens for run in scored for task in run.scores}) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,8 @@ def _hugging_face_folder(subject: Subject, output: Path) -> Iterator[Path]:
     from tpt_megatron.convert.export import export_checkpoint
 
     output.mkdir(parents=True, exist_ok=True)
+    for leftover in output.glob(f".{subject.name}.*"):  # of an evaluation that was killed
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=f".{subject.name}.", dir=output) as temporary:
         folder = Path(temporary) / "hf"
         export_checkpoint(subject.path, folder)

@@ -95,3 +95,28 @@ def test_prompts_that_differ_are_said_without_calling_scores_incomparable(tmp_pa
     cautions = " ".join(compare_arms([read_run(vanilla), read_run(append)])["cautions"])
     assert "On sums the arms were asked with different prompts. vanilla: “{problem}”; append: “{problem} <think>”." in cautions
     assert "not comparable" not in cautions
+
+
+def test_an_arm_whose_seeds_share_no_token_count_is_named(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "v", "vanilla", 0, [(10, 0.1), (20, 0.2)]),
+        write_run(tmp_path / "a", "append", 0, [(10, 0.1), (20, 0.5)]),
+        write_run(tmp_path / "b", "append", 1, [(15, 0.1), (25, 0.5)]),
+    ]
+    assert "append is left out on direct: its seeds share no token count." in compare_arms([read_run(folder) for folder in folders])["cautions"]
+
+
+def test_a_run_evaluated_in_two_ways_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "v", "vanilla", 0, [(1000, 0.1)])
+    write_run(tmp_path / "other", "vanilla", 0, [(2000, 0.2)], settings={"limit": 5})
+    (tmp_path / "other/evaluation/iter_0000002.json").rename(run / "evaluation/iter_0000002.json")
+    with pytest.raises(DataError, match="different settings or problems"):
+        read_run(run)
+
+
+def test_a_loss_that_is_no_number_is_refused_by_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "v", "vanilla", 0)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 101, "tokens_seen": 101000, "loss": 1.0, "validation_loss": "nan"}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:101: validation_loss is 'nan'"):
+        read_run(run)
