@@ -6,6 +6,7 @@ A score's mean curve is taken over an arm's runs (seeds) at the token counts tha
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,10 +173,23 @@ def compare_arms(runs: Sequence[Run], baseline: str = VANILLA) -> dict[str, Any]
 def _compare_task(arms: dict[str, list[Run]], task: str, baseline: str) -> dict[str, Any]:
     means = {arm: mean_curve([run.scores[task] for run in members if task in run.scores]) for arm, members in arms.items()}
     vanilla = means.get(baseline, ())
-    return {arm: _compare_arm(arms[arm], task, mean, vanilla if arm != baseline else ()) for arm, mean in means.items() if mean}
+    answers = _answers(arms.get(baseline, []))
+    return {arm: _compare_arm(arms[arm], task, mean, vanilla if arm != baseline else (), answers) for arm, mean in means.items() if mean}
 
 
-def _compare_arm(members: Sequence[Run], task: str, mean: Curve, vanilla: Curve) -> dict[str, Any]:
+def improved(curve: Curve, answers: int) -> bool:
+    """Say whether a score rose by more than chance may explain: two standard errors of a difference of two proportions.
+
+    `answers` is the number of problems behind each point; the standard error is that of proportions of one half, the largest.
+    """
+    return len(curve) > 1 and curve[-1].value - curve[0].value > 2 * math.sqrt(2 * 0.25 / max(answers, 1))
+
+
+def _answers(runs: Sequence[Run]) -> int:
+    return sum(run.problems or 0 for run in runs)
+
+
+def _compare_arm(members: Sequence[Run], task: str, mean: Curve, vanilla: Curve, answers: int) -> dict[str, Any]:
     scored = [run for run in members if task in run.scores]
     finals = [run.scores[task][-1].value for run in scored]
     lengths = mean_curve([run.new_tokens[task] for run in scored])
@@ -188,7 +202,7 @@ def _compare_arm(members: Sequence[Run], task: str, mean: Curve, vanilla: Curve)
         "best": max(point.value for point in mean),
         "tokens": mean[-1].tokens,
         "tokens_to": {str(threshold): tokens_to_reach(mean, threshold) for threshold in THRESHOLDS},
-        "efficiency_at_baseline_final": _as_data(efficiency(vanilla, mean, vanilla[-1].value)) if vanilla and vanilla[-1].value > vanilla[0].value else None,
+        "efficiency_at_baseline_final": _as_data(efficiency(vanilla, mean, vanilla[-1].value)) if improved(vanilla, answers) else None,
         "efficiency": {str(threshold): _as_data(efficiency(vanilla, mean, threshold)) for threshold in THRESHOLDS} if vanilla else None,
     }
 
@@ -238,8 +252,8 @@ def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) ->
         said.append("Runs end at different token counts; compare scores at equal tokens, not final scores.")
     for task in sorted({task for run in arms.get(baseline, []) for task in run.scores}):
         curve = mean_curve([run.scores[task] for run in arms[baseline] if task in run.scores])
-        if curve and curve[-1].value <= curve[0].value:
-            said.append(f"{baseline} did not improve on {task} between its first and last checkpoint, so no factor is given at its final score.")
+        if curve and not improved(curve, _answers(arms[baseline])):
+            said.append(f"{baseline} did not improve on {task} by more than chance may explain, so no factor is given at its final score.")
     starts = [task for arm in arms.values() for run in arm for task in run.scores if run.scores[task][0].value >= THRESHOLDS[0]]
     if starts:
         said.append("Some curve starts above a threshold already: its tokens to that threshold are those of its first checkpoint, an upper bound.")

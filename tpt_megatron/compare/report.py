@@ -13,6 +13,7 @@ from tpt_megatron import __version__
 from tpt_megatron.compare.curves import THRESHOLDS, Run, group_by_arm, mean_curve
 from tpt_megatron.compare.figures import arm_colours, as_text, curve_figure, smooth
 
+TERMINAL_THRESHOLDS = (0.5, 0.9)
 NOT_REACHED = "not reached"
 LOSS_TITLES = {
     "loss": "training loss",
@@ -93,6 +94,11 @@ def _tokens_text(tokens: float | None) -> str:
     return NOT_REACHED if tokens is None else as_text(tokens)
 
 
+def _reached_text(about: dict[str, Any], threshold: str) -> str:
+    tokens, factor = _tokens_text(about["tokens_to"][threshold]), factor_text((about["efficiency"] or {}).get(threshold))
+    return tokens if factor == "–" else f"{tokens}\n{factor}"
+
+
 def _loss_figures(runs: Sequence[Run], colours: Mapping[str, str]) -> list[dict[str, str]]:
     figures = []
     for name, title in LOSS_TITLES.items():
@@ -109,12 +115,13 @@ def _loss_figures(runs: Sequence[Run], colours: Mapping[str, str]) -> list[dict[
 
 
 def terminal_table(comparison: dict[str, Any]) -> Table:
-    """Return the final scores and factors as a table for the terminal."""
+    """Return final scores, and the tokens to two scores with the data-efficiency factor, as a table for the terminal."""
     table = Table(title="arms compared", title_justify="left")
-    for column, justify in (("task", "left"), ("arm", "left"), ("seeds", "right"), ("tokens", "right"), ("final score", "right"), ("efficiency", "right")):
+    columns = ("task", "arm", "tokens", "final score", *(f"tokens to {threshold}" for threshold in TERMINAL_THRESHOLDS))
+    for column, justify in zip(columns, ("left", "left", *["right"] * (len(columns) - 2)), strict=True):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for task, arms in comparison["tasks"].items():
         for arm, about in arms.items():
-            score, factor = f"{about['final']:.3f}", factor_text(about["efficiency_at_baseline_final"])
-            table.add_row(task, arm, str(len(about["seeds"])), as_text(about["tokens"]), score, factor)
+            reached = [_reached_text(about, str(threshold)) for threshold in TERMINAL_THRESHOLDS]
+            table.add_row(task, arm, as_text(about["tokens"]), f"{about['final']:.3f}", *reached)
     return table

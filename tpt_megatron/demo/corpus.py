@@ -2,13 +2,13 @@
 
 Each document is a list of named values and asks for the last digit of their total, which takes one to five additions:
 
-    Coins : Ann 3 , Bob 5 , Eve 8 . Last digit of the total ?
+    Coins : Ann 3 , Bob 4 , Eve 4 . Last digit of the total ?
 
 As on the web, a minority of the raw documents shows its work; some ask and never answer; the rest answer directly:
 
-    15 %   ... Working : Bob 3 + 5 = 8 . Eve 8 + 8 = 6 . So the answer is 6 .
+    15 %   ... Working : Bob 3 + 4 = 7 . Eve 7 + 4 = 1 . So the answer is 1 .
     30 %   ... and nothing more
-    55 %   ... Answer : 6 .
+    55 %   ... Answer : 1 .
 
 A thought (see `augment.worked`) has one step for each addition, so its length is proportional to the difficulty by
 construction: the demonstration shows that thoughts can teach, and says nothing of how long a model's own would be.
@@ -21,7 +21,7 @@ from random import Random
 
 import orjson
 
-from tpt_megatron.augment.worked import answer_of, parse_problem, state_problem, work_out
+from tpt_megatron.augment.worked import answer_of, state_problem, work_out
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import open_atomic, parse_json_line, read_lines
 from tpt_megatron.tokenizer import train_word_tokenizer
@@ -30,6 +30,7 @@ NAMES = ("Ann", "Bob", "Cas", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "
 WORDS = ("Coins", "Last", "digit", "of", "the", "total", "Answer", "Working", "So", "answer", "is", ":", ",", ".", "?", "+", "=")
 DELIMITERS = ("<think>", "</think>")
 MAX_STEPS = 5
+MAX_VALUE = 4  # forty sums to learn by heart; with all digits, a hundred, learning often set in too late to be seen
 WORKED_SHARE = 0.15
 UNANSWERED_SHARE = 0.30
 _ATTEMPTS = 10_000
@@ -45,54 +46,45 @@ def write_tokenizer(path: Path) -> None:
     train_word_tokenizer((), vocabulary()).save(path)
 
 
-def write_corpus(path: Path, documents: int, seed: int) -> None:
-    """Write raw documents as JSONL: id, text, source, steps (the number of additions). Equal arguments give equal bytes."""
+def write_problems(path: Path, problems: int, seed: int) -> None:
+    """Write held-out problems as JSONL: id, problem (up to and including the question mark), answer, steps.
+
+    As many of each number of steps, none twice. Raises DataError when so many different problems cannot be found.
+    """
+    random, seen = Random(f"problems {seed}"), set[str]()
+    with open_atomic(path) as file:
+        for number in range(problems):
+            values = _draw_new(random, 1 + number % MAX_STEPS, seen)
+            problem = state_problem(values)
+            seen.add(problem)
+            file.write(_line({"id": f"problem-{seed}-{number:05d}", "problem": problem, "answer": str(answer_of(values)), "steps": len(values) - 1}))
+
+
+def read_statements(problems: Path) -> set[str]:
+    """Return the problem statements of a file that `write_problems` wrote."""
+    return {parse_json_line(line, f"{problems}:{number}")["problem"] for number, line in read_lines(problems)}
+
+
+def write_corpus(path: Path, documents: int, seed: int, held_out: set[str]) -> None:
+    """Write raw documents as JSONL: id, text, source, steps (the number of additions); none states a problem of `held_out`.
+
+    Equal arguments give equal bytes.
+    """
     random = Random(f"corpus {seed}")
     with open_atomic(path) as file:
         for number in range(documents):
             steps = random.randint(1, MAX_STEPS)
-            text = _dress(_draw(random, steps), random.random())
+            text = _dress(_draw_new(random, steps, held_out), random.random())
             file.write(_line({"id": f"demo-{seed}-{number:07d}", "text": text, "source": "demo", "steps": steps}))
 
 
-def write_problems(path: Path, problems: int, seed: int, exclude: set[str]) -> None:
-    """Write held-out problems as JSONL: id, problem (up to and including the question mark), answer, steps.
-
-    As many of each number of steps, none of them in `exclude` (problem statements) and none twice. Raises DataError when
-    so many new problems cannot be found.
-    """
-    random = Random(f"problems {seed}")
-    seen = set(exclude)
-    with open_atomic(path) as file:
-        for number in range(problems):
-            steps = 1 + number % MAX_STEPS
-            values, problem = _draw_new(random, steps, seen)
-            seen.add(problem)
-            file.write(_line({"id": f"problem-{seed}-{number:05d}", "problem": problem, "answer": str(answer_of(values)), "steps": steps}))
-
-
-def read_statements(corpus: Path) -> set[str]:
-    """Return the problem statements of a corpus that `write_corpus` wrote; DataError where a text holds none."""
-    statements = set()
-    for number, line in read_lines(corpus):
-        values = parse_problem(parse_json_line(line, f"{corpus}:{number}")["text"])
-        if values is None:
-            raise DataError(f"{corpus}:{number}: not a problem of the demonstration; write the corpus again")
-        statements.add(state_problem(values))
-    return statements
-
-
-def _draw(random: Random, steps: int) -> list[tuple[str, int]]:
-    return [(name, random.randrange(10)) for name in random.sample(NAMES, steps + 1)]
-
-
-def _draw_new(random: Random, steps: int, seen: set[str]) -> tuple[list[tuple[str, int]], str]:
+def _draw_new(random: Random, steps: int, seen: set[str]) -> list[tuple[str, int]]:
+    """Draw the values of a problem that is not among `seen`."""
     for _ in range(_ATTEMPTS):
-        values = _draw(random, steps)
-        problem = state_problem(values)
-        if problem not in seen:
-            return values, problem
-    raise DataError(f"no new problem of {steps} additions found in {_ATTEMPTS} draws; ask for fewer problems or a smaller corpus")
+        values = [(name, random.randint(1, MAX_VALUE)) for name in random.sample(NAMES, steps + 1)]
+        if state_problem(values) not in seen:
+            return values
+    raise DataError(f"no new problem of {steps} additions found in {_ATTEMPTS} draws; ask for fewer problems")
 
 
 def _dress(values: list[tuple[str, int]], draw: float) -> str:

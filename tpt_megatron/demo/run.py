@@ -49,10 +49,10 @@ def run_demo(output: Path, steps: int = STEPS) -> None:
     console.print("[bold]Thinking-augmented pretraining, small:[/] two arms, the same documents, equal training tokens. Some minutes on two cores.")
     documents, problems, tokenizer = output / "documents.jsonl", output / "problems.jsonl", output / "tokenizer.json"
     _title("Documents: short sums; 15 % show their work, 30 % have no answer")
-    if not problems.exists():
-        corpus.write_corpus(documents, DOCUMENTS, SEED)
+    if not documents.exists():
+        corpus.write_problems(problems, PROBLEMS, SEED)
         corpus.write_tokenizer(tokenizer)
-        corpus.write_problems(problems, PROBLEMS, SEED, corpus.read_statements(documents))
+        corpus.write_corpus(documents, DOCUMENTS, SEED, corpus.read_statements(problems))
     console.print(f"{DOCUMENTS:,} documents in {documents}, {PROBLEMS} held-out problems in {problems}")
     _title("Augment: a worked thought about every document")
     _tpt("augment", "demo-augment", f"input={documents}", f"output={output / 'augmented'}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fake_runs import write_run
 
-from tpt_megatron.compare.curves import Point, compare_arms, efficiency, group_by_arm, mean_curve, read_run, tokens_to_reach
+from tpt_megatron.compare.curves import Point, compare_arms, efficiency, group_by_arm, improved, mean_curve, read_run, tokens_to_reach
 from tpt_megatron.errors import DataError
 
 
@@ -120,3 +120,8 @@ def test_a_loss_that_is_no_number_is_refused_by_line(tmp_path: Path) -> None:
         file.write('{"step": 101, "tokens_seen": 101000, "loss": 1.0, "validation_loss": "nan"}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:101: validation_loss is 'nan'"):
         read_run(run)
+
+
+@pytest.mark.parametrize(("rise", "answers", "more_than_chance"), [(0.14, 100, False), (0.15, 100, True), (0.04, 1000, False), (0.05, 1000, True)])
+def test_a_rise_within_two_standard_errors_is_no_improvement(rise: float, answers: int, more_than_chance: bool) -> None:
+    assert improved((Point(1, 0.2), Point(2, 0.2 + rise)), answers) is more_than_chance

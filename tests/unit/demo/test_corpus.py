@@ -19,14 +19,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_the_seed_alone_decides_the_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        write_corpus(tmp_path / name, 50, seed)
-        write_problems(tmp_path / f"p{name}", 50, seed, set())
+        write_corpus(tmp_path / name, 50, seed, set())
+        write_problems(tmp_path / f"p{name}", 50, seed)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
     assert (tmp_path / "pa").read_bytes() == (tmp_path / "pb").read_bytes() != (tmp_path / "pc").read_bytes()
 
 
 def test_the_raw_corpus_has_the_stated_mixture_and_every_text_can_be_thought_about(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus.jsonl", 4000, 3)
+    write_corpus(tmp_path / "corpus.jsonl", 4000, 3, set())
     records = read(tmp_path / "corpus.jsonl")
     worked = sum(" Working : " in record["text"] for record in records)
     direct = sum(" Answer : " in record["text"] for record in records)
@@ -44,11 +44,15 @@ def test_the_raw_corpus_has_the_stated_mixture_and_every_text_can_be_thought_abo
 
 
 def test_problems_are_new_distinct_balanced_and_rightly_answered(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "corpus.jsonl", 5000, 0)
-    statements = read_statements(tmp_path / "corpus.jsonl")
-    write_problems(tmp_path / "problems.jsonl", 500, 0, statements)
+    write_problems(tmp_path / "problems.jsonl", 500, 0)
     problems = read(tmp_path / "problems.jsonl")
-    assert len({problem["problem"] for problem in problems} - statements) == 500
+    held_out = read_statements(tmp_path / "problems.jsonl")
+    assert len(held_out) == 500
+    write_corpus(tmp_path / "all.jsonl", 5000, 0, set())
+    write_corpus(tmp_path / "corpus.jsonl", 5000, 0, held_out)
+    stated = [{record["text"].split(" ?")[0] + " ?" for record in read(tmp_path / name)} for name in ("all.jsonl", "corpus.jsonl")]
+    assert stated[0] & held_out, "nothing to hold out: the test says nothing"
+    assert not stated[1] & held_out
     for problem in problems:
         values = parse_problem(problem["problem"])
         assert values is not None
@@ -62,7 +66,7 @@ def test_asking_for_more_problems_than_there_are_is_an_error(tmp_path: Path, mon
     monkeypatch.setattr("tpt_megatron.demo.corpus.NAMES", NAMES[:2])
     monkeypatch.setattr("tpt_megatron.demo.corpus.MAX_STEPS", 1)
     with pytest.raises(DataError, match="no new problem of 1 additions"):
-        write_problems(tmp_path / "problems.jsonl", 201, 0, set())
+        write_problems(tmp_path / "problems.jsonl", 40, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,7 +74,7 @@ def test_the_vocabulary_is_closed_over_documents_thoughts_and_delimiters(tmp_pat
     write_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path), END_OF_DOCUMENT)
     assert tokenizer.vocabulary_size == len(set(vocabulary())) + 2 == len(vocabulary()) + 2
-    write_corpus(tmp_path / "corpus.jsonl", 500, 0)
+    write_corpus(tmp_path / "corpus.jsonl", 500, 0, set())
     for record in read(tmp_path / "corpus.jsonl"):
         (thought,) = WorkedThoughts().think(Document("a", record["text"]), "f:1")
         ids = tokenizer.encode(f"{record['text']}\n<think>\n{thought.text}\n</think>")
