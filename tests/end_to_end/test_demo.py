@@ -26,7 +26,7 @@ def test_the_whole_road_ends_in_a_report_and_is_not_walked_twice(tmp_path: Path)
     for arm in ("vanilla", "append"):
         assert arm in page
         assert len((output / "runs" / arm / "metrics.jsonl").read_text().splitlines()) == 20
-        assert len(list((output / "runs" / arm / "evaluation").glob("iter_???????.json"))) == 10
+        assert len(list((output / "runs" / arm / "evaluation").glob("iter_???????.json"))) == 20
         assert (output / "models" / arm / "model.safetensors").is_file()
     assert "<svg" in page
 

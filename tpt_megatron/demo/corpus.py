@@ -6,9 +6,9 @@ Each document is a list of named values and asks for the last digit of their tot
 
 As on the web, a minority of the raw documents shows its work; some ask and never answer; the rest answer directly:
 
-    15 %   ... Working : Bob 3 + 4 = 7 . Eve 7 + 4 = 1 . So the answer is 1 .
+     5 %   ... Working : Bob 3 + 4 = 7 . Eve 7 + 4 = 1 . So the answer is 1 .
     30 %   ... and nothing more
-    55 %   ... Answer : 1 .
+    65 %   ... Answer : 1 .
 
 A thought (see `augment.worked`) has one step for each addition, so its length is proportional to the difficulty by
 construction: the demonstration shows that thoughts can teach, and says nothing of how long a model's own would be.
@@ -31,7 +31,7 @@ WORDS = ("Coins", "Last", "digit", "of", "the", "total", "Answer", "Working", "S
 DELIMITERS = ("<think>", "</think>")
 MAX_STEPS = 5
 MAX_VALUE = 4  # forty sums to learn by heart; with all digits, a hundred, learning often set in too late to be seen
-WORKED_SHARE = 0.15
+WORKED_SHARE = 0.05
 UNANSWERED_SHARE = 0.30
 _ATTEMPTS = 10_000
 

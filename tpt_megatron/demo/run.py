@@ -24,15 +24,15 @@ from tpt_megatron.log import console
 DOCUMENTS = 120_000  # so many that neither arm sees a document twice
 PROBLEMS = 100
 STEPS = 1500
-CHECKPOINTS = 10
+CHECKPOINTS = 20
 RANKS = 2
 SEED = 1
 
 NOTES = (
-    "A demonstration on made-up problems with a model of 0.2 million parameters and one seed an arm. It shows the whole road and, at equal "
-    "training tokens, an arm that reads worked thoughts learning to work problems out before the arm that reads the raw text alone. The thoughts "
-    "are computed and always right, so it shows nothing of how well a model would write them, nor what happens at any larger scale; the moment at "
-    "which learning sets in varies by seed. Scores are for letting the model work before it answers, each arm cued in its own format."
+    "A demonstration on made-up sums, with a model of 0.2 million parameters and one seed an arm. It shows the whole road, and how two arms are compared "
+    "at equal training tokens. The thoughts are computed and always right, every document gets one, and only one raw document in twenty shows its work: "
+    "so it shows nothing of how well a model would write thoughts, nor what happens on real text or at any larger scale. The moment at which learning sets "
+    "in varies by seed. Each arm is cued in its own format to work before it answers."
 )
 
 
@@ -48,7 +48,7 @@ def run_demo(output: Path, steps: int = STEPS) -> None:
     began = time.monotonic()
     console.print("[bold]Thinking-augmented pretraining, small:[/] two arms, the same documents, equal training tokens. Some minutes on two cores.")
     documents, problems, tokenizer = output / "documents.jsonl", output / "problems.jsonl", output / "tokenizer.json"
-    _title("Documents: short sums; 15 % show their work, 30 % have no answer")
+    _title("Documents: short sums; 5 % show their work, 30 % have no answer")
     if not documents.exists():
         corpus.write_problems(problems, PROBLEMS, SEED)
         corpus.write_tokenizer(tokenizer)
