@@ -177,7 +177,7 @@ run_augment(AugmentConfig(input=sys.argv[1], output=sys.argv[2], generator={"kin
 
 def test_a_killed_augment_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for number in range(3):
-        write_corpus(tmp_path / f"in/{number}.jsonl", 300, seed=number)
+        write_corpus(tmp_path / f"in/{number}.jsonl", 300, seed=number, held_out=set())
     output = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(tmp_path / "in"), str(output)])
     try:
