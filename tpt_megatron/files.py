@@ -57,7 +57,7 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        return True  # it runs, as another user's
     return True
 
 

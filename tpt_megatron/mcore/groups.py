@@ -71,11 +71,6 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
-
-
 def any_rank(flag: bool) -> bool:
     """Say whether any rank says so; every rank must ask at the same point."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
