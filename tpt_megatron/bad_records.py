@@ -13,7 +13,9 @@ from typing import IO, Any, Literal, TypeVar
 import orjson
 
 from tpt_megatron.errors import RecordError
-from tpt_megatron.files import open_atomic, parse_json_line, read_lines
+from tpt_megatron.files import open_atomic
+from tpt_megatron.record_files import read_rows
+from tpt_megatron.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class BadRecords:
         assert self._path is not None
         if self._file is None:
             self._file = self._stack.enter_context(open_atomic(self._path))
-        self._file.write(_describe(line, error))
+        self._file.write(describe_bad_record(line, error))
         self.count += 1
         if self.count <= WARNINGS_SHOWN:
             logger.warning("%s; set aside", error)
@@ -72,7 +74,8 @@ class BadRecords:
             logger.warning("%d bad records were set aside, see %s", self.count, place)
 
 
-def _describe(line: bytes, error: RecordError) -> bytes:
+def describe_bad_record(line: bytes, error: RecordError) -> bytes:
+    """Return the line of a file of bad records: where, reason, and the record; in base64 too where it is no UTF-8."""
     text = line.decode(errors="replace")
     entry = {"where": error.where, "reason": error.reason, "line": text}
     if text.encode() != line:
@@ -81,27 +84,26 @@ def _describe(line: bytes, error: RecordError) -> bytes:
 
 
 def read_records(
-    path: Path,
+    place: Location,
     read: Callable[[Any, str], Record],
     bad: BadRecords,
     counts: LineCounts,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[Record]:
-    """Yield `read(parsed line, FILE:LINE)` for each line of a JSONL file, and count what became of it.
+    """Yield `read(parsed value, where)` for each record of a file, and count what became of it.
 
-    Blank lines are skipped; a line that is no JSON, and one on which `read` raises RecordError, goes to `bad`.
+    Blank lines are skipped; a line that is no JSON, and a record on which `read` raises RecordError, goes to `bad`.
     """
-    for number, line in read_lines(path, progress):
+    for row in read_rows(place, progress=progress):
         counts.lines_read += 1
-        if not line.strip():
+        if row.is_blank:
             counts.blank_lines += 1
             continue
-        where = f"{path}:{number}"
         try:
-            record = read(parse_json_line(line, where), where)
+            record = read(row.parse(), row.where)
         except RecordError as error:
             counts.bad_records += 1
-            bad.add(line, error)
+            bad.add(row.line(), error)
             continue
         counts.records += 1
         yield record

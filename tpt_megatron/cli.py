@@ -43,6 +43,13 @@ def main() -> None:
             raise
         print(f"tpt: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        from tpt_megatron.storage import remote_errors
+
+        if not isinstance(error, remote_errors()):
+            raise
+        print(f"tpt: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -69,14 +76,45 @@ def _keys(kind: str) -> str:
 
 
 @app.command(epilog=_keys("augment"))
-def augment(config: ConfigName, overrides: Overrides = None) -> None:
-    """Add thoughts to documents: record files in, augmented documents out."""
-    from tpt_megatron.augment.runner import run_augment
+def augment(
+    config: ConfigName,
+    overrides: Overrides = None,
+    sample: Annotated[int | None, typer.Option(min=1, metavar="N", help="Think about N documents only and show them with their thoughts: sample.html.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what the whole run will take, from the last --sample and the config's cost.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html on what is finished so far, and stop.")] = False,
+) -> None:
+    """Add thoughts to documents: record files in, augmented documents out. Run it again to continue; run it on more machines to go faster."""
     from tpt_megatron.config.augment import AugmentConfig
     from tpt_megatron.config.load import load_config
+    from tpt_megatron.errors import UsageError
 
     loaded = load_config(AugmentConfig, config, overrides or ())
-    _print_counts(str(loaded.output), run_augment(loaded).counts)
+    if (sample is not None) + estimate + report > 1:
+        raise UsageError("give one of --sample, --estimate and --report")
+    if sample is not None:
+        from tpt_megatron.augment.sample import run_sample
+
+        print(f"sample: {run_sample(loaded, sample)}")
+    elif estimate:
+        from tpt_megatron.augment.sample import run_estimate
+
+        _print_table(run_estimate(loaded))
+    elif report:
+        from tpt_megatron.augment.reporting import run_report
+
+        place, summary = run_report(loaded)
+        _print_table(summary)
+        print(f"report: {place}")
+    elif loaded.slurm is not None:
+        from tpt_megatron.augment.slurm import submit
+
+        print(submit(loaded))
+    else:
+        from tpt_megatron.augment.runner import run_augment
+
+        manifest = run_augment(loaded)
+        if manifest is not None:
+            _print_counts(str(loaded.output), manifest.counts)
 
 
 @app.command(epilog=_keys("preprocess"))
@@ -142,13 +180,11 @@ def compare(
 ) -> None:
     """Compare runs: curves, scores against tokens, and how many fewer tokens thinking needed."""
     _require("matplotlib", "jinja2", extra="report")
-    from rich.console import Console
-
     from tpt_megatron.compare.report import terminal_table
     from tpt_megatron.compare.runner import run_compare
 
     comparison = run_compare(run_dirs, output, notes)
-    Console().print(terminal_table(comparison))
+    _print_table(terminal_table(comparison))
     print(f"report: {output / 'report.html'}")
 
 
@@ -170,6 +206,12 @@ def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train o
     from tpt_megatron.config.load import describe_keys
 
     print(describe_keys(stage))
+
+
+def _print_table(table: object) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def _print_counts(title: str, counts: dict[str, int]) -> None:

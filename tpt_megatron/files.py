@@ -6,7 +6,6 @@ Nothing half-written carries a finished name: writers fill a temporary neighbour
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
 import hashlib
 import io
@@ -23,19 +22,13 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tpt_megatron import __version__
-from tpt_megatron.errors import ConfigError, DataError, RecordError
+from tpt_megatron.errors import DataError, RecordError
+from tpt_megatron.storage import Location, locate, sync_folder
 
+Place = Path | Location
+"""Where functions that read take a local path as well as a location."""
 MANIFEST_VERSION = 1
 AUGMENTED = "augmented"
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def temporary_neighbour(path: Path) -> Path:
@@ -93,12 +86,10 @@ def write_json(path: Path, value: Any) -> None:
         file.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Read one JSON file; DataError when it is missing or is not JSON."""
     try:
-        return orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        return orjson.loads(locate(path).read_bytes())
     except orjson.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}); it was damaged or is another kind of file") from None
 
@@ -131,59 +122,10 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Place) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
-    """Return the files that names, folders and globs stand for, each once, in sorted order within a pattern.
-
-    A folder stands for the record files in it; an output folder of `tpt augment` stands for its shards, whose sizes are
-    checked. Raises DataError when a pattern matches nothing, or when such an output is incomplete.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        base = Path(pattern)
-        if base.is_dir():
-            matches = _augmented_shards(base) or sorted(path for path in base.iterdir() if path.is_file() and is_record_file(path))
-        else:
-            matches = [base] if base.exists() else sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
-        for path in matches:
-            if path.suffix == ".parquet":
-                raise DataError(f"{path}: Parquet input is not supported yet; write it as .jsonl, .jsonl.gz or .jsonl.zst")
-        if not matches:
-            raise DataError(f"{pattern}: no input file matches; give a .jsonl, .jsonl.gz or .jsonl.zst file, a folder of them, or a glob")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def refuse_inputs_in_output(patterns: tuple[str, ...], output: Path) -> None:
-    """Raise ConfigError when a stage would read what it writes: on the next run its output would be its input."""
-    for pattern in patterns:
-        if output.resolve() in (Path(pattern).resolve(), *Path(pattern).resolve().parents):
-            raise ConfigError(f"input={pattern} lies in output={output}; give an output folder apart from the input")
-
-
-def _augmented_shards(folder: Path) -> list[Path]:
-    """Return the shards of an augment output; none where the folder is something else."""
-    manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file():
-        if (folder / "shards").is_dir():
-            raise DataError(f"{folder}: an unfinished output of tpt augment (shards without manifest.json); run it again, it goes on where it stopped")
-        return []
-    value = read_json(manifest_path)
-    if not isinstance(value, dict) or value.get("kind") != AUGMENTED:
-        return []
-    manifest = read_manifest(manifest_path, AUGMENTED)
-    check_outputs(manifest, folder, checksums=False)
-    return [folder / entry.name for entry in manifest.outputs if entry.name.startswith("shards/")]
-
-
-def is_record_file(path: Path) -> bool:
-    """Say whether a file's name is one of a record file that `read_lines` understands."""
-    return path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")) and not path.name.startswith(".")
+    with locate(path).open() as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -218,36 +160,67 @@ class _ZstdFrames(io.RawIOBase):
         return count
 
 
-def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+def is_compressed(name: str) -> bool:
+    """Say whether a file of this name must be read from its beginning."""
+    return name.endswith((".gz", ".zst"))
+
+
+def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+    if name.endswith(".gz"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
-    if path.suffix == ".zst":
+    if name.endswith(".zst"):
         return io.BufferedReader(_ZstdFrames(file), 1 << 17)
     return file
 
 
-def read_lines(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Place, progress: Callable[[int], object] | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line without its end) of a plain, gzip or zstd file, one line in memory at a time.
 
     A byte-order mark before the first line is left out. `progress`, when given, hears of the file's bytes as they are
     read. Raises DataError when the file cannot be read or its compressed stream is cut off or damaged.
     """
-    number = reported = 0
+    for number, (line, _) in enumerate(stream_lines(path, progress=progress), 1):
+        yield number, line
+
+
+def stream_lines(path: Place, *, offset: int = 0, longest: int | None = None, progress: Callable[[int], object] | None = None) -> Iterator[tuple[bytes, int]]:
+    """Yield (line without its end, its bytes in the file) as `read_lines` reads them.
+
+    `offset` is where to begin in a file that is not compressed. Of a line of more than `longest` bytes only the first
+    `longest` come, and the rest is passed over without being held.
+    """
+    place, number, reported = locate(path), 0, 0
     try:
-        with open(path, "rb") as file:
-            for line in _decompressed(file, path):
+        with place.open() as file:
+            if offset:
+                file.seek(offset)
+            stream = _decompressed(file, place.name)
+            while line := stream.readline(-1 if longest is None else longest + 1):
                 number += 1
-                yield number, line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n")
+                length = len(line)
+                if longest is not None and length > longest and not line.endswith(b"\n"):
+                    length += _pass_over(stream)
+                    line = line[:longest]
+                yield line.removeprefix(codecs.BOM_UTF8 if number == 1 and not offset else b"").rstrip(b"\r\n"), length
                 if progress is not None and number % 256 == 0:
-                    at = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+                    at = file.tell()
                     progress(at - reported)
                     reported = at
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{place}: no such file") from None
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: the compressed file is damaged or cut off after line {number} ({error})") from None
+        raise DataError(f"{place}: the compressed file is damaged or cut off after line {number} ({error})") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read after line {number}: {error.strerror or error}") from None
+        raise DataError(f"{place}: cannot be read after line {number}: {error.strerror or error}") from None
+
+
+def _pass_over(stream: IO[bytes]) -> int:
+    passed = 0
+    while part := stream.readline(1 << 20):
+        passed += len(part)
+        if part.endswith(b"\n"):
+            break
+    return passed
 
 
 def parse_json_line(line: bytes, where: str) -> Any:
@@ -289,12 +262,16 @@ class Manifest(BaseModel):
     counts: dict[str, int]
     details: dict[str, Any] = {}
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """Write the manifest atomically; it is always the last file of an output."""
-        write_json(path, self.model_dump(mode="json"))
+        locate(path).write(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return the manifest as the JSON that a file holds."""
+        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def read_manifest(path: Path, kind: str) -> Manifest:
+def read_manifest(path: Place, kind: str) -> Manifest:
     """Read a manifest and check that it is of `kind`; DataError when it is missing, damaged or of another kind."""
     value = read_json(path)
     if not isinstance(value, dict) or value.get("kind") != kind:
@@ -308,20 +285,21 @@ def read_manifest(path: Path, kind: str) -> Manifest:
         raise DataError(f"{path}: a damaged manifest ({error.error_count()} field(s) missing or wrong); make what it describes again") from None
 
 
-def describe_file(path: Path, name: str | None = None) -> FileEntry:
+def describe_file(path: Place, name: str | None = None) -> FileEntry:
     """Return name, size and SHA-256 of a file; DataError when it is missing."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return FileEntry(name=name or path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+    place = locate(path)
+    if not place.is_file():
+        raise DataError(f"{place}: no such file")
+    return FileEntry(name=name or place.name, bytes=place.size(), sha256=sha256_of(place))
 
 
-def check_outputs(manifest: Manifest, folder: Path, *, checksums: bool) -> None:
+def check_outputs(manifest: Manifest, folder: Place, *, checksums: bool) -> None:
     """Check that a manifest's outputs are there with the right size, and with `checksums` the right bytes (DataError)."""
     for entry in manifest.outputs:
-        path = folder / entry.name
+        path = locate(folder) / entry.name
         if not path.is_file():
             raise DataError(f"{path}: named in the manifest but missing")
-        if path.stat().st_size != entry.bytes:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}; make it again")
+        if path.size() != entry.bytes:
+            raise DataError(f"{path}: {path.size()} bytes, the manifest says {entry.bytes}; make it again")
         if checksums and sha256_of(path) != entry.sha256:
             raise DataError(f"{path}: its SHA-256 is not the manifest's; the file was changed or damaged, make it again")

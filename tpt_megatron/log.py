@@ -28,8 +28,13 @@ console = Console(stderr=True, soft_wrap=not sys.stderr.isatty())
 def set_up_logging(level: int = logging.INFO) -> None:
     """Send the package's log lines to standard error, once per process."""
     prefix = "" if rank() == 0 else f"rank {rank()}: "
-    handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, markup=False, log_time_format="[%X]")
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, markup=False, log_time_format="[%X]")
+        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    else:  # a file or a pipe: one line is one line, so that it can be searched
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"[%(asctime)s] %(levelname)-8s {prefix}%(message)s", "%H:%M:%S"))
     root = logging.getLogger("tpt_megatron")
     root.handlers = [handler]
     root.propagate = False

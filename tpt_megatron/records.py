@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tpt_megatron.errors import RecordError
@@ -31,15 +31,37 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """One thinking trajectory about one document, with what made it."""
+    """One thinking trajectory about one document, with what made it.
+
+    prompt, prompt_hash   name, and the first 16 hex digits of the SHA-256, of the prompt's template
+    tokens                that were generated, as the engine counted them; prompt_tokens: of the whole prompt
+    sampling              settings of the request
+    document_hash         first 16 hex digits of the SHA-256 of the document's text (UTF-8)
+    seen_start, seen_end  characters of the document that the prompt showed: text[seen_start:seen_end]
+    created               when the reply came, UTC, ISO 8601
+    """
 
     text: str
     generator: str
+    revision: str | None = None
     prompt: str | None = None
+    prompt_hash: str | None = None
+    sample: int | None = None
+    seed: int | None = None
+    sampling: Mapping[str, Any] | None = None
     finish_reason: str | None = None
     tokens: int | None = None
-    seed: int | None = None
+    prompt_tokens: int | None = None
+    document_hash: str | None = None
+    seen_start: int | None = None
+    seen_end: int | None = None
+    created: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+_THOUGHT_STRINGS = ("revision", "prompt", "prompt_hash", "finish_reason", "document_hash", "created")
+_THOUGHT_INTEGERS = ("sample", "seed", "tokens", "prompt_tokens", "seen_start", "seen_end")
+_THOUGHT_FIELDS = tuple(entry.name for entry in fields(Thought) if entry.name != "extra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +134,17 @@ def extra_name(key: str) -> str:
     return f"input_{key}" if key in ("id", "text", "source") else key
 
 
-def _read_thought(record: object, where: str) -> Thought:
+def read_thought(record: object, where: str) -> Thought:
+    """Read one thought out of a parsed JSON value. Raises RecordError for a missing or wrong field."""
     if not isinstance(record, Mapping):
         raise RecordError(where, f"a thought must be a JSON object, found {_kind(record)}")
-    known = ("text", "generator", "prompt", "finish_reason", "tokens", "seed")
     return Thought(
         text=_string(record, "text", where),
         generator=_string(record, "generator", where),
-        prompt=_optional(record, "prompt", str, where),
-        finish_reason=_optional(record, "finish_reason", str, where),
-        tokens=_optional(record, "tokens", int, where),
-        seed=_optional(record, "seed", int, where),
-        extra={key: value for key, value in record.items() if key not in known},
+        sampling=_optional(record, "sampling", dict, where),
+        extra={key: value for key, value in record.items() if key not in _THOUGHT_FIELDS},
+        **{key: _optional(record, key, str, where) for key in _THOUGHT_STRINGS},
+        **{key: _optional(record, key, int, where) for key in _THOUGHT_INTEGERS},
     )
 
 
@@ -137,7 +158,7 @@ def read_augmented(record: object, where: str, names: FieldNames = FieldNames())
         raise RecordError(where, f"field 'thoughts' must be a list, found {_kind(thoughts)}")
     extra = {key: value for key, value in document.extra.items() if key != "thoughts"}
     bare = Document(document.id, document.text, document.source, extra)
-    return AugmentedDocument(bare, tuple(_read_thought(thought, where) for thought in thoughts))
+    return AugmentedDocument(bare, tuple(read_thought(thought, where) for thought in thoughts))
 
 
 def augmented_to_record(augmented: AugmentedDocument) -> dict[str, Any]:
@@ -147,17 +168,11 @@ def augmented_to_record(augmented: AugmentedDocument) -> dict[str, Any]:
     if document.source is not None:
         record["source"] = document.source
     record.update(document.extra)
-    record["thoughts"] = [_thought_to_record(thought) for thought in augmented.thoughts]
+    record["thoughts"] = [thought_to_record(thought) for thought in augmented.thoughts]
     return record
 
 
-def _thought_to_record(thought: Thought) -> dict[str, Any]:
-    fields = {
-        "text": thought.text,
-        "generator": thought.generator,
-        "prompt": thought.prompt,
-        "finish_reason": thought.finish_reason,
-        "tokens": thought.tokens,
-        "seed": thought.seed,
-    }
-    return {key: value for key, value in fields.items() if value is not None} | dict(thought.extra)
+def thought_to_record(thought: Thought) -> dict[str, Any]:
+    """Return the JSON object for one thought; fields that are None are left out."""
+    values = {name: getattr(thought, name) for name in _THOUGHT_FIELDS}
+    return {key: value for key, value in values.items() if value is not None} | dict(thought.extra)

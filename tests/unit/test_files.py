@@ -9,7 +9,8 @@ import zstandard
 
 from tpt_megatron import files
 from tpt_megatron.errors import DataError, RecordError
-from tpt_megatron.files import Manifest, check_outputs, describe_file, expand_inputs, open_atomic, parse_json_line, read_lines, read_manifest, whole_folder
+from tpt_megatron.files import Manifest, check_outputs, describe_file, open_atomic, parse_json_line, read_lines, read_manifest, whole_folder
+from tpt_megatron.record_files import expand_inputs
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -111,10 +112,11 @@ def _augmented(folder: Path) -> Manifest:
 
 def test_an_augment_output_stands_for_exactly_its_shards(tmp_path: Path) -> None:
     manifest = _augmented(tmp_path)
+    (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(DataError, match="unfinished output of tpt augment"):
         expand_inputs((str(tmp_path),))
     manifest.write(tmp_path / "manifest.json")
-    assert expand_inputs((str(tmp_path),)) == [tmp_path / "shards/00000.jsonl"]
+    assert [str(place) for place in expand_inputs((str(tmp_path),))] == [str(tmp_path / "shards/00000.jsonl")]
     (tmp_path / "shards/00000.jsonl").write_text("{}\n{}\n")
     with pytest.raises(DataError, match="the manifest says 3"):
         expand_inputs((str(tmp_path),))

@@ -1,159 +1,213 @@
-"""Running a generator over all inputs: a shard of output for each input file, each finished or absent.
+"""Running augmentation: plan once, work until every shard is there, then say that the output is complete.
 
-    OUTPUT/shards/00000.jsonl           augmented documents of the first input file
-    OUTPUT/shards/00000.manifest.json   written after the shard: which input, which settings, counts, checksums
-    OUTPUT/bad/00000.jsonl              its records that could not be used, if any
-    OUTPUT/manifest.json                written last: the output is complete
+    OUTPUT/plan.json            what the shards are; made first
+    OUTPUT/shards/, bad/, rejected/, journal/, claims/    see `shards.py` and `claims.py`
+    OUTPUT/report.html          statistics and pictures, where the package's `report` extra is installed
+    OUTPUT/manifest.json        written last: every shard is there; what is in them, what was set aside, what was refused
 
-A run that was cut off is run again: shards whose manifest still holds are kept as they are.
+The same command runs as one worker or many, on one machine or many, for the first time or the tenth: every worker does
+what is left and nobody holds, and whoever finds everything finished completes the output.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from contextlib import ExitStack
+import multiprocessing
+import signal
+from collections import Counter
+from collections.abc import Iterable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-import orjson
-
-from tpt_megatron.augment.generators import Generator, make_generator
-from tpt_megatron.bad_records import BadRecords, LineCounts, read_records
+from tpt_megatron.augment.claims import Claims
+from tpt_megatron.augment.generators import Ingredients
+from tpt_megatron.augment.plan import Plan, make_or_read_plan
+from tpt_megatron.augment.reporting import summarise, write_report
+from tpt_megatron.augment.shards import finished_shards, manifest_place, read_shard_manifest
+from tpt_megatron.augment.worker import Worker
 from tpt_megatron.config.augment import AugmentConfig
-from tpt_megatron.errors import ConfigError, DataError, RecordError
-from tpt_megatron.files import (
-    AUGMENTED,
-    Manifest,
-    check_outputs,
-    describe_file,
-    expand_inputs,
-    open_atomic,
-    read_manifest,
-    refuse_inputs_in_output,
-    remove_leftovers,
-)
-from tpt_megatron.log import Bar, progress_bar
-from tpt_megatron.records import AugmentedDocument, augmented_to_record, read_augmented
+from tpt_megatron.errors import DataError, MachineError, Stopped, TptError
+from tpt_megatron.files import AUGMENTED, Manifest, check_outputs, read_manifest
+from tpt_megatron.log import progress_bar, set_up_logging
+from tpt_megatron.record_files import refuse_inputs_in_output
+from tpt_megatron.storage import LocalLocation, Location, locate, remove_unfinished
 
 logger = logging.getLogger(__name__)
-SHARD_KIND = "augmented_shard"
+COUNTS = ("documents", "thoughts", "rejected_thoughts", "documents_without_thoughts", "bad_records", "blank_lines", "lines_read")
 
 
-def run_augment(config: AugmentConfig) -> Manifest:
-    """Write the augmented documents of all inputs to `config.output` and return the manifest.
+def run_augment(config: AugmentConfig, position: float = 0.0) -> Manifest | None:
+    """Augment all inputs into `config.output`; return its manifest, or None while other workers still hold shards.
 
-    An input whose content has changed since is augmented again. Raises ConfigError when the output holds results of other
-    settings or of inputs of other names, or when an input lies in it; DataError for an input that cannot be read, and when
-    not one record could be used; and under on_bad_record=fail RecordError for the first bad record.
+    Raises ConfigError when the output holds results of other settings or inputs, or when an input lies in it; DataError for
+    an input that cannot be read or has changed, and when not one record could be used; under on_bad_record=fail RecordError
+    for the first bad record; MachineError when a server or model is gone; Stopped after a signal. What was finished is
+    kept in every case, and the same command goes on from there.
     """
-    refuse_inputs_in_output(config.input, config.output)
-    inputs = expand_inputs(config.input)
-    settings = config.model_dump(mode="json", exclude={"input", "output"})
-    _check_output(config.output, settings, len(inputs))
-    generator, bad = make_generator(config.generator), BadRecords(config.on_bad_record)
-    shards = []
-    with progress_bar("augment", sum(path.stat().st_size for path in inputs)) as bar:
-        for number, path in enumerate(inputs):
-            manifest = _finished_shard(config.output, number, path)
-            if manifest is not None:
-                logger.info("%s: finished before, kept", config.output / _shard_name(number))
-                bar.advance(path.stat().st_size)
-            else:
-                (config.output / "manifest.json").unlink(missing_ok=True)  # not complete any more
-                manifest = _write_shard(config, settings, generator, bad, number, path, bar)
-            shards.append(manifest)
-    bad.summarise(config.output / "bad")
-    manifest = Manifest(
-        kind=AUGMENTED,
-        settings=settings,
-        inputs=tuple(entry for shard in shards for entry in shard.inputs),
-        outputs=tuple(entry for shard in shards for entry in shard.outputs),
-        counts={name: sum(shard.counts[name] for shard in shards) for name in shards[0].counts},
-    )
-    counts = manifest.counts
-    if counts["bad_records"] and not counts["documents"]:
-        raise DataError(f"{config.output}: none of the {counts['lines_read']} lines of {', '.join(config.input)} gave a document; the reasons are above")
-    assert counts["lines_read"] == counts["documents"] + counts["bad_records"] + counts["blank_lines"]
-    manifest.write(config.output / "manifest.json")
-    return manifest
+    output = locate(config.output)
+    refuse_inputs_in_output(config.input, output)
+    ingredients = Ingredients.of(config)
+    plan = make_or_read_plan(config, ingredients.settings(), output)
+    if (output / "manifest.json").is_file():
+        finished = _complete_output(output)
+        if finished is not None:
+            logger.info("%s: finished before, kept", output)
+            return finished
+    done = _drop_damaged_shards(plan, output)
+    if done:
+        logger.info("%s: %d of %d shards finished before, kept", output, len(done), len(plan.shards))
+    if config.workers > 1:
+        _run_processes(config, plan, output, done)
+    else:
+        _run_here(config, ingredients, plan, output, done, position)
+    return _finish(config, plan, output)
 
 
-def _shard_name(number: int) -> str:
-    return f"shards/{number:05d}.jsonl"
-
-
-def _shard_manifest(output: Path, number: int) -> Path:
-    return output / f"shards/{number:05d}.manifest.json"
-
-
-def _check_output(output: Path, settings: dict[str, Any], shards: int) -> None:
-    """Refuse an output folder whose shards another config made; clear what a killed run left under temporary names."""
-    for folder in ("shards", "bad"):
-        remove_leftovers(output / folder)
-    finished = sorted((output / "shards").glob("*.manifest.json"))
-    for path in finished:
-        if read_manifest(path, SHARD_KIND).settings != settings:
-            raise ConfigError(f"output={output}: holds results of other settings ({path.name}); give another output, or remove the folder")
-    known = {_shard_manifest(output, number) for number in range(shards)}
-    if any(path not in known for path in finished):
-        raise ConfigError(f"output={output}: holds shards of more inputs than the {shards} given now; give another output, or remove the folder")
-
-
-def _finished_shard(output: Path, number: int, path: Path) -> Manifest | None:
-    """Return the manifest of a shard that is finished, undamaged, and made from this very input; None otherwise."""
-    manifest_path = _shard_manifest(output, number)
-    if not manifest_path.is_file():
-        return None
-    manifest = read_manifest(manifest_path, SHARD_KIND)
-    if manifest.inputs[0].name != str(path):
-        raise ConfigError(
-            f"output={output}: {_shard_name(number)} was made from {manifest.inputs[0].name}, not {path}; give another output, or remove the folder"
-        )
-    if manifest.inputs != (describe_file(path, str(path)),):
-        logger.info("%s: its input is not the one it was made from; made again", output / _shard_name(number))
-        return None
+def _complete_output(output: Location) -> Manifest | None:
+    """Return the manifest of an output that is complete; None, without it, when some of its files are missing or cut off."""
+    manifest = read_manifest(output / "manifest.json", AUGMENTED)
     try:
-        check_outputs(manifest, output, checksums=True)
+        check_outputs(manifest, output, checksums=False)
     except DataError as error:
         logger.warning("%s", error)
+        (output / "manifest.json").remove()
         return None
     return manifest
 
 
-def _write_shard(config: AugmentConfig, settings: dict[str, Any], generator: Generator, bad: BadRecords, number: int, path: Path, bar: Bar) -> Manifest:
-    """Write one shard, its bad records and, last, its manifest."""
-
-    def augment(value: Any, where: str) -> tuple[bytes, int]:
-        """Return the line to write, and its number of thoughts; those that the record brought along stay."""
-        given = read_augmented(value, where, config.fields.names())
-        augmented = AugmentedDocument(given.document, given.thoughts + generator.think(given.document, where))
+def _drop_damaged_shards(plan: Plan, output: Location) -> set[int]:
+    """Return the finished shards; forget those whose files are missing or cut off, so that they are made again."""
+    finished = finished_shards(output)
+    damaged = set()
+    for number in sorted(finished):
+        shard = plan.shards[number]
         try:
-            return orjson.dumps(augmented_to_record(augmented), option=orjson.OPT_APPEND_NEWLINE), len(augmented.thoughts)
-        except orjson.JSONEncodeError as error:
-            raise RecordError(where, f"cannot be written as JSON: {error}") from None
+            check_outputs(read_shard_manifest(output, shard), output, checksums=False)
+        except DataError as error:
+            logger.warning("%s; shard %s is made again", error, shard.name)
+            manifest_place(output, shard).remove()
+            damaged.add(number)
+    return finished - damaged
 
-    shard, aside = config.output / _shard_name(number), config.output / f"bad/{number:05d}.jsonl"
-    _shard_manifest(config.output, number).unlink(missing_ok=True)
-    lines, thoughts = LineCounts(), 0
-    with ExitStack() as stack:
-        file = stack.enter_context(open_atomic(shard))
-        stack.enter_context(bad.kept_in(aside))
-        for line, count in read_records(path, augment, bad, lines, bar.advance):
-            thoughts += count
-            file.write(line)
-    written = [shard, aside] if lines.bad_records else [shard]
+
+def _run_here(config: AugmentConfig, ingredients: Ingredients, plan: Plan, output: Location, done: set[int], position: float) -> None:
+    rows = sum(shard.count for shard in plan.shards)
+    completed = sum(plan.shards[number].count for number in done)
+    log = Path(output.path / "server.log") if isinstance(output, LocalLocation) else Path("server.log")
+    with progress_bar("augment", rows, completed=completed) as bar:
+        worker = Worker(config, plan, output, ingredients.generators(log), bar, position)
+        try:
+            asyncio.run(worker.run())
+        finally:
+            progress = worker.progress
+            if progress.restored:
+                logger.info("%d documents of unfinished shards had been saved by earlier workers, kept", progress.restored)
+            if progress.bad_records:
+                logger.warning("%d bad records were set aside, see %s", progress.bad_records, output / "bad")
+            if progress.rejected:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in progress.rejected.most_common())
+                logger.warning("%d thoughts were rejected: %s", progress.rejected.total(), reasons)
+
+
+def _run_processes(config: AugmentConfig, plan: Plan, output: Location, done: set[int]) -> None:
+    """Run workers as processes of this machine. One that fails or dies ends the others in good order; nothing waits for it for ever."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_work, args=(config, i / config.workers), name=f"worker {i}") for i in range(config.workers)]
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        _terminate(processes)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for process in processes:
+            process.start()
+        with progress_bar("augment", len(plan.shards), completed=len(done)) as bar:
+            shown = len(done)
+            while alive := [process for process in processes if process.is_alive()]:
+                wait([process.sentinel for process in alive], timeout=2)
+                finished = len(finished_shards(output))
+                bar.advance(finished - shown)
+                shown = finished
+                if any(process.exitcode for process in processes):
+                    _terminate(processes)
+    finally:
+        _terminate(processes)
+        for process in processes:
+            process.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+    for process in processes:
+        if process.exitcode not in (0, Stopped.exit_code):
+            how = f"was killed by signal {-process.exitcode}" if process.exitcode and process.exitcode < 0 else "failed, see above"
+            raise TptError(f"{process.name} {how}; what was finished is kept, run the same command again to continue")
+
+
+def _terminate(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+
+
+def _work(config: AugmentConfig, position: float) -> None:
+    """Be one worker process of an output that is planned."""
+    set_up_logging()
+    name = multiprocessing.current_process().name
+    output = locate(config.output)
+    try:
+        _run_here(config, Ingredients.of(config), Plan.read(output / "plan.json"), output, set(), position)
+    except TptError as error:
+        if not isinstance(error, Stopped):
+            logger.error("%s: %s", name, " ".join(str(error).split()))
+        raise SystemExit(error.exit_code) from None
+
+
+def _finish(config: AugmentConfig, plan: Plan, output: Location) -> Manifest | None:
+    """Complete an output of which every shard is there; None, with a line that says who holds the rest, otherwise."""
+    missing = [shard for shard in plan.shards if shard.number not in finished_shards(output)]
+    if missing:
+        claims = Claims(output / "claims", config.claim_timeout_s)
+        claims.look()
+        holders = Counter(claims.holder(shard.number) for shard in missing)
+        held = ", ".join(f"{count} with {holder}" for holder, count in holders.items() if holder)
+        logger.info("%s: %d of %d shards are still at work elsewhere (%s); the last worker completes the output", output, len(missing), len(plan.shards), held)
+        return None
+    shards = [read_shard_manifest(output, shard) for shard in plan.shards]
+    counts = {name: sum(shard.counts[name] for shard in shards) for name in COUNTS}
+    if counts["bad_records"] and not counts["documents"]:
+        raise DataError(f"{output}: none of the {counts['lines_read']} lines of {', '.join(config.input)} gave a document; the reasons are above and in bad/")
+    assert counts["lines_read"] == counts["documents"] + counts["bad_records"] + counts["blank_lines"]
+    summary = summarise(shards)
     manifest = Manifest(
-        kind=SHARD_KIND,
-        settings=settings,
-        inputs=(describe_file(path, str(path)),),
-        outputs=tuple(describe_file(made, str(made.relative_to(config.output))) for made in written),
-        counts={
-            "documents": lines.records,
-            "thoughts": thoughts,
-            "bad_records": lines.bad_records,
-            "blank_lines": lines.blank_lines,
-            "lines_read": lines.lines_read,
-        },
+        kind=AUGMENTED,
+        settings=plan.settings,
+        inputs=plan.inputs,
+        outputs=tuple(entry for shard in shards for entry in shard.outputs),
+        counts=counts,
+        details={"shards": len(shards), "elapsed_s": round(summary.elapsed_s, 3), "statistics": summary.statistics.to_json()},
     )
-    manifest.write(_shard_manifest(config.output, number))
+    _sweep(output, manifest)
+    try:
+        write_report(config, plan, output, summary)
+    except MachineError as error:
+        logger.warning("no report.html: %s", error)
+    manifest.write(output / "manifest.json")
     return manifest
+
+
+def _sweep(output: Location, manifest: Manifest) -> None:
+    """Remove what only a run at work needs, and data files of workers that another was faster than."""
+    kept = {entry.name for entry in manifest.outputs}
+    for folder in ("shards", "bad", "rejected"):
+        for name in (output / folder).names():
+            if f"{folder}/{name}" not in kept and not name.endswith(".manifest.json"):
+                (output / folder / name).remove()
+        remove_unfinished(output / folder)
+    for folder in ("journal", "claims"):
+        (output / folder).remove()

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import re
 
-from tpt_megatron.errors import RecordError
-from tpt_megatron.records import Document, Thought
-
 _PROBLEM = re.compile(r"Coins : ([A-Z][a-z]+ [0-9](?: , [A-Z][a-z]+ [0-9])+) \. Last digit of the total \?(?= (?:Answer|Working) : |\s*$)")
 
 
@@ -46,12 +43,7 @@ def work_out(values: list[tuple[str, int]]) -> str:
     return " ".join([*steps, f"So the answer is {total} ."])
 
 
-class WorkedThoughts:
-    """The generator `worked`: one thought a document, the worked solution of the problem in its text."""
-
-    def think(self, document: Document, where: str) -> tuple[Thought, ...]:
-        """Return the one thought; RecordError when the text is none of the demonstration's problems."""
-        values = parse_problem(document.text)
-        if values is None:
-            raise RecordError(where, "the text is no problem of the demonstration, so generator.kind=worked cannot solve it")
-        return (Thought(text=work_out(values), generator="worked", finish_reason="stop"),)
+def work_out_text(text: str) -> str | None:
+    """Return the worked solution of the problem that a document's text begins with; None where it begins with none."""
+    values = parse_problem(text)
+    return None if values is None else work_out(values)

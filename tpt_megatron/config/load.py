@@ -167,7 +167,8 @@ def _describe(kind: type[BaseModel], prefix: str) -> list[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return "optional group" if isinstance(field.default, BaseModel) else f"default {field.default!r}"
+    default = field.get_default(call_default_factory=True)
+    return "optional group" if isinstance(default, BaseModel) else f"default {default!r}"
 
 
 def _type_name(annotation: Any) -> str:

@@ -24,8 +24,9 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tpt_megatron.errors import CheckpointError
-from tpt_megatron.files import read_json, sync_folder, sync_tree, write_json, write_text
+from tpt_megatron.files import read_json, sync_tree, write_json, write_text
 from tpt_megatron.mcore.engine import Engine
+from tpt_megatron.storage import sync_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT = 1

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tpt_megatron.datasets import INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION, PART_DOCUMENT, PART_THINKING, dtype_code, sidecar, token_dtype
-from tpt_megatron.files import sync_folder, temporary_neighbour
+from tpt_megatron.files import temporary_neighbour
+from tpt_megatron.storage import sync_folder
 from tpt_megatron.tokenizer import Tokenizer
 
 ROWS_PER_GROUP = 50_000

@@ -20,11 +20,13 @@ from tpt_megatron.bad_records import BadRecords, LineCounts, read_records
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
 from tpt_megatron.datasets import MANIFEST_KIND, sidecar
 from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.files import FileEntry, Manifest, check_outputs, describe_file, expand_inputs, read_manifest, refuse_inputs_in_output, remove_leftovers
+from tpt_megatron.files import FileEntry, Manifest, check_outputs, describe_file, read_manifest, remove_leftovers
 from tpt_megatron.log import progress_bar
 from tpt_megatron.preprocess.compose import compose
 from tpt_megatron.preprocess.dataset import DatasetWriter
+from tpt_megatron.record_files import expand_inputs, refuse_inputs_in_output
 from tpt_megatron.records import AugmentedDocument, read_augmented
+from tpt_megatron.storage import LocalLocation, Location
 from tpt_megatron.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
     _check_delimiters(config, tokenizer)
-    refuse_inputs_in_output(config.input, config.output)
+    refuse_inputs_in_output(config.input, LocalLocation(config.output))
     inputs = expand_inputs(config.input)
     entries = tuple(describe_file(path, str(path)) for path in inputs)
     finished: dict[str, Manifest] = {}
@@ -105,7 +107,7 @@ def _finished_arm(config: PreprocessConfig, arm: Arm, settings: dict[str, Any], 
     return manifests if set(manifests) == {f"{arm}/{split}" for split in _splits(config)} else {}
 
 
-def _write_arms(config: PreprocessConfig, tokenizer: Tokenizer, arms: list[Arm], inputs: list[Path], entries: tuple[FileEntry, ...]) -> dict[str, Manifest]:
+def _write_arms(config: PreprocessConfig, tokenizer: Tokenizer, arms: list[Arm], inputs: list[Location], entries: tuple[FileEntry, ...]) -> dict[str, Manifest]:
     lines, bad, without_thoughts = LineCounts(), BadRecords(config.on_bad_record), dict.fromkeys(_splits(config), 0)
     with ExitStack() as stack:
         stack.enter_context(bad.kept_in(config.output / "bad_records.jsonl"))
@@ -132,9 +134,9 @@ def _write_arms(config: PreprocessConfig, tokenizer: Tokenizer, arms: list[Arm],
     return manifests
 
 
-def _read(config: PreprocessConfig, inputs: list[Path], bad: BadRecords, lines: LineCounts) -> Iterator[AugmentedDocument]:
+def _read(config: PreprocessConfig, inputs: list[Location], bad: BadRecords, lines: LineCounts) -> Iterator[AugmentedDocument]:
     names = config.fields.names()
-    with progress_bar("preprocess", sum(path.stat().st_size for path in inputs)) as bar:
+    with progress_bar("preprocess", sum(place.size() for place in inputs)) as bar:
         for path in inputs:
             yield from read_records(path, lambda value, where: read_augmented(value, where, names), bad, lines, bar.advance)
 

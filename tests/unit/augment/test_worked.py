@@ -4,9 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpt_megatron.augment.worked import WorkedThoughts, answer_of, parse_problem, state_problem, work_out
-from tpt_megatron.errors import RecordError
-from tpt_megatron.records import Document
+from tpt_megatron.augment.worked import answer_of, parse_problem, state_problem, work_out, work_out_text
 
 PROBLEM = "Coins : Ann 3 , Bob 5 , Eve 8 . Last digit of the total ?"
 WORK = "Bob 3 + 5 = 8 . Eve 8 + 8 = 6 . So the answer is 6 ."
@@ -15,15 +13,12 @@ names = st.sampled_from(["Ann", "Bob", "Eve", "Kim", "Leo", "Mia"])
 
 @pytest.mark.parametrize("tail", ["", "\n", " Answer : 6 .", f" Working : {WORK}"])
 def test_every_kind_of_document_gets_the_same_worked_thought(tail: str) -> None:
-    (thought,) = WorkedThoughts().think(Document("a", PROBLEM + tail), "f:1")
-    assert thought.text == WORK
-    assert thought.generator == "worked"
+    assert work_out_text(PROBLEM + tail) == WORK
 
 
 @pytest.mark.parametrize("text", ["", "Hello .", PROBLEM[:-2], f"{PROBLEM} And then ?", f"So {PROBLEM}", PROBLEM.replace("3", "33"), "Coins : Ann 3 . "])
-def test_other_text_is_refused_with_its_place(text: str) -> None:
-    with pytest.raises(RecordError, match="corpus:9: the text is no problem"):
-        WorkedThoughts().think(Document("a", text), "corpus:9")
+def test_other_text_is_no_problem(text: str) -> None:
+    assert work_out_text(text) is None
 
 
 @given(st.lists(st.tuples(names, st.integers(0, 9)), min_size=2, max_size=6))

@@ -21,7 +21,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> AugmentConfig:
 def test_one_string_is_a_list_of_one_and_defaults_are_filled_in(tmp_path: Path) -> None:
     config = load(tmp_path, GOOD)
     assert config.input == ("a.jsonl",)
-    assert config.generator == FieldGenerator(kind="field", field="thought")
+    assert config.generator == (FieldGenerator(kind="field", field="thought"),)
     assert config.on_bad_record == "set_aside"
 
 
@@ -29,15 +29,15 @@ def test_overrides_are_yaml_with_dotted_names_and_the_last_wins(tmp_path: Path) 
     config = load(tmp_path, GOOD, "input=[b.jsonl, c.jsonl]", "fields.text=x", "fields.text=content", "generator={kind: worked}")
     assert config.input == ("b.jsonl", "c.jsonl")
     assert config.fields.text == "content"
-    assert config.generator == WorkedGenerator(kind="worked")
+    assert config.generator == (WorkedGenerator(kind="worked"),)
 
 
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        (GOOD + "inptu: 3\n", (), "unknown key 'inptu'; allowed here: fields, generator, input, on_bad_record, output"),
+        (GOOD + "inptu: 3\n", (), "unknown key 'inptu'; allowed here: checks, chunks, "),
         (GOOD, ("fields.txt=a",), "unknown key 'fields.txt'; allowed here: id, source, text"),
-        (GOOD, ("generator.fild=a",), "allowed here: field, kind"),
+        (GOOD, ("generator.fild=a",), "unknown key 'generator.0.field.fild'; allowed here: field, kind"),
         ("input: a\ngenerator: {kind: worked}\n", (), "key 'output' is missing"),
         (GOOD, ("on_bad_record=ignore",), "on_bad_record='ignore': input should be 'set_aside' or 'fail'"),
         (GOOD, ("generator.kind=magic",), "magic"),
