@@ -136,7 +136,7 @@ class _Chats:
 
     def batch(self) -> tuple[list[list[int]], list[int]]:
         """Return rows of equal length, some 2,048 tokens in all, and how long the reply at the end of each is."""
-        length = self._rng.choice((128, 192, 256, 384, 512, 1024, 2048))
+        length = self._rng.choice((80, 96, 128, 192, 256, 384, 512, 1024, 2048))
         replies = [self._ids(_reply(self._rng) + "<|im_end|>") for _ in range(2048 // length)]
         return [self._row(reply, length) for reply in replies], [len(reply) for reply in replies]
 

@@ -22,7 +22,7 @@ from tpt_megatron.augment.engines.base import Engine, Reply, RequestFailed
 from tpt_megatron.augment.excerpt import Excerpt, Excerpts, load_counting_tokenizer
 from tpt_megatron.augment.outcome import Outcome, Rejection
 from tpt_megatron.augment.prompts import Prompt, load_prompts
-from tpt_megatron.augment.trajectory import read_trajectory
+from tpt_megatron.augment.trajectory import Trajectory, read_trajectory
 from tpt_megatron.augment.worked import work_out_text
 from tpt_megatron.config.augment import AugmentConfig, FieldGenerator, ModelGenerator, OpenAIGenerator, TransformersGenerator, VllmGenerator, WorkedGenerator
 from tpt_megatron.errors import RecordError
@@ -141,6 +141,7 @@ class PromptedThoughts:
         asked = [
             self._ask(document, identity, excerpt, prompt, sample, where)
             for excerpt in self._excerpts.of(document.text)
+            if excerpt.text.strip()  # the last chunk may be a line's end
             for prompt in self._prompts
             for sample in range(self._config.samples)
         ]
@@ -173,15 +174,14 @@ class PromptedThoughts:
             except RequestFailed as error:
                 parts.append(Outcome(rejections=(Rejection("request_failed", str(error), bare),), requests=1))
                 break
-            part = self._judge(document, bare, reply)
-            parts.append(part)
-            if not any(rejection.reason == "unclosed" for rejection in part.rejections):
+            trajectory = read_trajectory(reply, self._generator.thought_from, self._generator.sampling.stop)
+            parts.append(self._judge(document, bare, reply, trajectory))
+            if trajectory.closed:
                 break
         return parts[0] if len(parts) == 1 else Outcome.joined(parts)
 
-    def _judge(self, document: Document, bare: Thought, reply: Reply) -> Outcome:
-        """Read the thought out of a reply and check it."""
-        trajectory = read_trajectory(reply, self._generator.thought_from, self._generator.sampling.stop)
+    def _judge(self, document: Document, bare: Thought, reply: Reply, trajectory: Trajectory) -> Outcome:
+        """Check what was read out of a reply."""
         thought = dataclasses.replace(
             bare,
             text=trajectory.text,

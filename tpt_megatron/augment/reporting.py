@@ -30,9 +30,13 @@ class Summary:
 def summarise(shards: Sequence[Manifest]) -> Summary:
     """Sum up the manifests of finished shards."""
     statistics = Statistics()
+    spans: dict[str, list[tuple[float, float]]] = {}
     for shard in shards:
         statistics.merge(Statistics.from_json(shard.details["statistics"]))
-    return Summary(statistics, len(shards), elapsed_s((shard.details["began"], shard.details["ended"]) for shard in shards))
+        spans.setdefault(shard.details["worker"], []).append((shard.details["began"], shard.details["ended"]))
+    for of_one_worker in spans.values():  # which has several shards at work at once
+        statistics.add_seconds(elapsed_s(of_one_worker))
+    return Summary(statistics, len(shards), elapsed_s(span for of_one_worker in spans.values() for span in of_one_worker))
 
 
 def elapsed_s(spans: Iterable[tuple[float, float]]) -> float:

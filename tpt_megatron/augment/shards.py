@@ -219,8 +219,9 @@ def _from_entry(entry: dict[str, Any]) -> Outcome:
 class ShardWriter:
     """Commits complete shards to an output."""
 
-    def __init__(self, output: Location, plan: Plan, *, kind: Format, keep_rejected: bool, difficulty_field: str | None) -> None:
+    def __init__(self, output: Location, plan: Plan, worker: str, *, kind: Format, keep_rejected: bool, difficulty_field: str | None) -> None:
         self._output = output
+        self._worker = worker
         self._plan = plan
         self._kind: Format = kind
         self._keep_rejected = keep_rejected
@@ -260,8 +261,8 @@ class ShardWriter:
                 document = work.given.document
                 difficulty = None if self._difficulty_field is None else document.extra.get(self._difficulty_field)
                 statistics.add(document, work.outcome, difficulty=None if difficulty is None else str(difficulty), document_tokens=None)
-        shard, ended = opened.shard, time.time()
-        statistics.add_seconds(ended - opened.began)
+        shard = opened.shard
+        span = {"worker": self._worker, "began": opened.began, "ended": time.time()}
         return Manifest(
             kind=SHARD_KIND,
             settings={},
@@ -276,7 +277,7 @@ class ShardWriter:
                 "blank_lines": opened.blank_lines,
                 "lines_read": shard.count,
             },
-            details={"first": shard.first, "statistics": statistics.to_json(), "began": opened.began, "ended": ended},
+            details={"first": shard.first, "statistics": statistics.to_json()} | span,
         )
 
 

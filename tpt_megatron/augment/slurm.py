@@ -9,72 +9,54 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tpt_megatron.augment.generators import Ingredients
 from tpt_megatron.augment.plan import make_or_read_plan
-from tpt_megatron.augment.runner import run_augment
+from tpt_megatron.augment.shards import finished_shards
 from tpt_megatron.config.augment import AugmentConfig
-from tpt_megatron.errors import MachineError, UsageError
-from tpt_megatron.log import set_up_logging
+from tpt_megatron.errors import DataError, MachineError, UsageError
+from tpt_megatron.files import AUGMENTED, check_outputs, read_manifest
 from tpt_megatron.record_files import refuse_inputs_in_output
-from tpt_megatron.storage import locate
-
-if TYPE_CHECKING:
-    from datatrove.executor import SlurmPipelineExecutor
+from tpt_megatron.storage import Location, locate
 
 
 def submit(config: AugmentConfig) -> str:
-    """Plan the run here, submit its workers, and return a line that says what was submitted.
+    """Plan the run here, submit its workers, and return a line that says what was submitted and where its logs are.
 
-    Raises what planning raises, and MachineError where there is no Slurm or no datatrove.
+    No more workers are submitted than there are shards left, and none when the output is complete. Raises what planning
+    raises, UsageError inside a task of an array, and MachineError where there is no Slurm or no datatrove, or where sbatch
+    refuses.
     """
+    slurm = config.slurm
+    assert slurm is not None
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UsageError("slurm: this already is a task of a Slurm array; submit from a login node, or run it here with slurm=null")
-    executor = make_executor(config)
+    if shutil.which("sbatch") is None:
+        raise MachineError("slurm: there is no sbatch on this machine; submit from a login node, or start the same command on each machine with slurm=null")
+    try:
+        from tpt_megatron.augment.slurm_array import SlurmArray
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0].startswith("tpt_megatron"):
+            raise
+        raise MachineError(f"slurm needs {error.name}, which is not installed; run: pip install 'tpt-megatron[scale]'") from None
     output = locate(config.output)
     refuse_inputs_in_output(config.input, output)
     plan = make_or_read_plan(config, Ingredients.of(config).settings(), output)
-    executor.run()
-    assert config.slurm is not None
-    return f"Slurm job {executor.job_id}: {config.slurm.tasks} workers for {len(plan.shards)} shards of {output}; logs in {config.slurm.logs}"
+    if _is_complete(output):
+        return f"{output}: finished before, kept; nothing was submitted"
+    left = len(plan.shards) - len(finished_shards(output))
+    workers = max(1, min(slurm.tasks, left))
+    array = SlurmArray(config, slurm, workers)
+    array.launch_job()
+    return f"Slurm job {array.job_id}: {workers} workers for {left} of {len(plan.shards)} shards of {output}; logs: {slurm.logs}/{array.job_id}_*.out"
 
 
-def make_executor(config: AugmentConfig) -> SlurmPipelineExecutor:
-    """Return datatrove's executor for a config that has `slurm`. Raises MachineError where sbatch or datatrove is missing."""
+def _is_complete(output: Location) -> bool:
+    """Say whether there is nothing left to do. A worker makes again what is damaged."""
+    if not (output / "manifest.json").is_file():
+        return False
     try:
-        from datatrove.executor import SlurmPipelineExecutor
-    except ImportError:
-        raise MachineError("slurm needs datatrove, which is not installed; run: pip install 'tpt-megatron[scale]'") from None
-    if shutil.which("sbatch") is None:
-        raise MachineError("slurm: there is no sbatch on this machine; submit from a login node, or start the same command on each machine with slurm=null")
-    slurm = config.slurm
-    assert slurm is not None
-    return SlurmPipelineExecutor(
-        pipeline=[_Worker(config)],
-        tasks=slurm.tasks,
-        time=slurm.time,
-        partition=slurm.partition,
-        cpus_per_task=slurm.cpus_per_task,
-        mem_per_cpu_gb=slurm.memory_per_cpu_gb,
-        gpus_per_task=slurm.gpus_per_task,
-        job_name="tpt-augment",
-        qos=slurm.qos,
-        env_command=slurm.setup or f"export PATH={Path(sys.prefix) / 'bin'}:$PATH",
-        sbatch_args=dict(slurm.sbatch),
-        logging_dir=str(slurm.logs.resolve()),
-        skip_completed=False,
-    )
-
-
-class _Worker:
-    """A step of a datatrove pipeline that is one worker of an output."""
-
-    def __init__(self, config: AugmentConfig) -> None:
-        self.config = config.model_copy(update={"slurm": None})
-
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        set_up_logging()
-        run_augment(self.config, rank / world_size)
+        check_outputs(read_manifest(output / "manifest.json", AUGMENTED), output, checksums=False)
+    except DataError:
+        return False
+    return True

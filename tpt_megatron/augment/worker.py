@@ -64,7 +64,14 @@ class Worker:
         self._claims = Claims(output / "claims", config.claim_timeout_s)
         self._journal = Journal(output / "journal", self._claims.owner.worker)
         self._reader = ShardReader(plan, int(config.max_record_megabytes * 1e6))
-        self._writer = ShardWriter(output, plan, kind=config.format, keep_rejected=config.keep_rejected, difficulty_field=config.difficulty_field)
+        self._writer = ShardWriter(
+            output,
+            plan,
+            self._claims.owner.worker,
+            kind=config.format,
+            keep_rejected=config.keep_rejected,
+            difficulty_field=config.difficulty_field,
+        )
         self._has_looked = False
         self._candidates: Iterator[Shard] = iter(())
         self._open: dict[int, OpenShard] = {}

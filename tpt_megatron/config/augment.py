@@ -196,7 +196,7 @@ class Checks(Config):
     refusals: tuple[str, ...] = (
         r"\bI(?:'m| am) sorry,? but I (?:can(?:'|no)t|am (?:unable|not able))",
         r"\bI(?:'m| am) (?:unable|not able) to (?:help|assist|comply|fulfil|provide)",
-        r"\bI can(?:'|no)t (?:help|assist|comply|fulfil|provide)",
+        r"\bI can(?:'|no)t (?:help (?:you|with)|assist|comply|fulfil|provide)",
         r"\bas an AI(?: language model)?,? I (?:can(?:'|no)t|am (?:unable|not able))",
     )
     delimiters: tuple[str, ...] = ("<think>", "</think>")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import types
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -155,7 +154,8 @@ def describe_keys(stage: str) -> str:
 
 
 def _describe(kind: type[BaseModel], prefix: str) -> list[str]:
-    lines = [inspect.cleandoc(kind.__doc__ or ""), ""]
+    shared = [base for base in kind.__mro__[1:] if issubclass(base, Config) and base is not Config]
+    lines = [*(inspect.cleandoc(described.__doc__ or "") for described in (kind, *shared)), ""]
     deeper: list[str] = []
     for name, field in kind.model_fields.items():
         lines.append(f"  {prefix}{name}: {_type_name(field.annotation)} ({_default(field)})")
@@ -172,6 +172,17 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type):
-        return annotation.__name__
-    return re.sub(r"[\w.]+\.(\w+)", r"\1", str(annotation))
+    """Return a type as a person would write it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if annotation is Ellipsis:
+        return "..."
+    if annotation is types.NoneType:
+        return "null"
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    return f"{name}[{', '.join(map(_type_name, arguments))}]" if arguments else name

@@ -85,7 +85,18 @@ def test_the_end_says_what_repeats() -> None:
 
 def test_a_unit_that_holds_a_long_text_twice_is_found() -> None:
     same = ENGLISH[:150]
-    assert looping_tail(PROSE[:3000] + f"{same} one {same} two " * 12) is not None
+    assert looping_tail(PROSE[:3000] + f" one {same} two {same}" * 12) is not None
+
+
+def test_an_end_that_repeats_counts_when_it_is_long_enough() -> None:
+    unit = "Wait, let me check. "
+    assert looping_tail(PROSE[:400] + unit * 14) is None, "280 characters"
+    assert looping_tail(PROSE[:400] + unit * 16) is not None
+    assert looping_tail(PROSE[:5000] + unit * 90) is None, "1,800 characters, 26 %"
+    assert looping_tail(PROSE[:4000] + unit * 90) is not None, "1,800 characters, 31 %"
+    assert looping_tail(PROSE[:8000] + unit * 101) is not None, "2,020 characters, 20 %"
+    assert looping_tail(PROSE[:500] + ENGLISH * 3) is None
+    assert looping_tail(PROSE[:500] + ENGLISH * 4) is not None
 
 
 HONEST = {
@@ -164,7 +175,7 @@ def test_a_short_text_is_a_copy_only_as_a_whole_and_from_eight_words_on() -> Non
     assert copy(" ".join(words[50:58]), PROSE) is not None
     assert copy(" ".join(words[50:57]), PROSE) is None
     assert copy(" ".join([*words[50:57], "else"]), PROSE) is None
-    assert copy("x" + " ".join(words[50:58]), PROSE) is None
+    assert copy(" ".join(words[50:58])[1:], PROSE) is None
 
 
 @pytest.mark.parametrize(
@@ -221,6 +232,7 @@ def test_a_surely_foreign_thought_is_rejected_and_an_unsure_one_is_not() -> None
     assert same.find(GERMAN, "Too short to tell.") is None
     assert same.find(GERMAN[:150], ENGLISH) is None
     assert german.find(GERMAN, ENGLISH) is None
+    assert german.find(f"{ENGLISH[:300]} {GERMAN[:300]}", GERMAN) is None
     assert german.find(ENGLISH, GERMAN) == "in 'en', not 'de'"
     assert same.find(HONEST["table"] + HONEST["table"], CHINESE) is None
     assert reason(ENGLISH, CHINESE, language="same") == "language"

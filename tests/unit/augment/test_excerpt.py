@@ -95,6 +95,9 @@ def test_a_text_of_few_bytes_is_counted_where_bytes_do_not_bound_tokens() -> Non
     text = "ﷺ" * 9  # 27 bytes; each becomes 18 characters
     (excerpt,) = Excerpts(BACKENDS["metaspace"], 60, None).of(text)
     assert len(excerpt.text) < 9
+    ascii_text = "7x1y2z3q4w5v6u7k"
+    assert count(BACKENDS["metaspace"], ascii_text) == 17, "one for the start of a word"
+    assert len(Excerpts(BACKENDS["metaspace"], 16, None).of(ascii_text)[0].text) < 16
     composed = tokenizers.Tokenizer.from_str(BACKENDS["byte"].to_str())
     composed.normalizer = tokenizers.normalizers.NFC()
     expanding = "\U0001d160" * 10  # 40 bytes, 120 after NFC
