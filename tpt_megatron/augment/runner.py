@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import os
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterable
 from multiprocessing.connection import wait
@@ -96,7 +98,8 @@ def _drop_damaged_shards(plan: Plan, output: Location) -> set[int]:
 def _run_here(config: AugmentConfig, ingredients: Ingredients, plan: Plan, output: Location, done: set[int], position: float) -> None:
     rows = sum(shard.count for shard in plan.shards)
     completed = sum(plan.shards[number].count for number in done)
-    log = Path(output.path / "server.log") if isinstance(output, LocalLocation) else Path("server.log")
+    logs = output.path / "logs" if isinstance(output, LocalLocation) else Path("logs")
+    log = logs / f"server-{socket.gethostname()}-{os.getpid()}.log"
     with progress_bar("augment", rows, completed=completed) as bar:
         worker = Worker(config, plan, output, ingredients.generators(log), bar, position)
         try:

@@ -27,6 +27,7 @@ from typing import Any
 
 import orjson
 from datatrove.executor import SlurmPipelineExecutor
+from datatrove.utils.logging import logger as datatrove_logger
 
 from tpt_megatron.augment.runner import run_augment
 from tpt_megatron.config.augment import AugmentConfig, Slurm
@@ -38,7 +39,7 @@ _MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
 
 
 class SlurmArray(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove's types are not read
-    """An array job of `workers` workers. `launch_job` submits it; in a task of it, datatrove's `run` does the work."""
+    """An array job of `workers` workers. `launch_job` submits it; in a task of it, `run` does the work."""
 
     def __init__(self, config: AugmentConfig, slurm: Slurm, workers: int) -> None:
         slurm.logs.mkdir(parents=True, exist_ok=True)
@@ -70,6 +71,11 @@ class SlurmArray(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove's ty
         if self._sbatch_args.keys() & (_MEMORY_OPTIONS - {"mem-per-cpu"}):  # sbatch takes one of them
             del options["mem-per-cpu"]
         return {name: shlex.quote(str(value)) if value else "" for name, value in options.items()}
+
+    def run(self) -> None:
+        """Do this task's work, inside a task. datatrove is silent: its statistics of a pipeline say nothing of a worker."""
+        datatrove_logger.disable("datatrove")
+        super().run()
 
     def launch_job(self) -> None:
         """Write the script and what it loads, and submit it; `job_id` is set then. Raises MachineError with sbatch's own words."""
@@ -111,11 +117,11 @@ class ArrayWorker:
             run_augment(self.config, rank / world_size)
         except TptError as error:
             _fail(error, error.exit_code)
-        except (OSError, *remote_errors()) as error:
+        except Exception as error:  # noqa: BLE001  (what is no word of the system or of a store is a bug of ours: its traceback is printed)
+            if not isinstance(error, (OSError, *remote_errors())):
+                traceback.print_exc()
+                raise SystemExit(1) from None
             _fail(error, 1)
-        except Exception:  # noqa: BLE001  (a bug of ours: its traceback is printed)
-            traceback.print_exc()
-            raise SystemExit(1) from None
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -92,6 +92,7 @@ def test_thoughts_say_what_made_them_and_why_they_were_rejected() -> None:
     html = page(pair("text", kept, rejections=(bad, nothing)))
     assert re.search(r"1\. qwen</b> · prompt expert · sample 0 · 1,234 tokens · finish reason stop</p>", html)
     assert re.search(r"2\. qwen</b> · 3 characters</p>", html)
+    assert "3. qwen</b></p>" in html
     assert html.count('class="thought rejected"') == 2
     assert "rejected: loop</b> – 61 % &lt;repeated&gt;" in html
     assert "No text." in html

@@ -16,6 +16,7 @@ import orjson
 import pytest
 
 from tests.support.scripted_server import running_server, thought_for
+from tpt_megatron.augment.engines.balance import Balance, Server
 from tpt_megatron.augment.engines.base import Messages, Reply, RequestFailed
 from tpt_megatron.augment.engines.chat_completions import error_message, request_body, retry_after_s
 from tpt_megatron.augment.engines.openai import OpenAIEngine
@@ -392,9 +393,11 @@ def test_requests_that_may_still_be_answered_are_no_outage() -> None:
         async with opened(config(url, outage_limit_s=1, attempts=1)) as engine:
             return await asyncio.gather(ask(engine, "slow"), ask(engine, "poison"))
 
-    with running_server(script=[{"fault": "loop", "match": "slow", "delay_ms": 3000}, {"fault": "status", "match": "poison", "next": 3}]) as server:
+    with running_server(
+        script=[{"fault": "loop", "match": "slow", "delay_ms": 3000}, {"fault": "status", "match": "poison", "retry_after": "1", "next": 2}]
+    ) as server:
         slow, poison = asyncio.run(main(server.url))
-    assert slow.attempts == 1 and poison.attempts == 4
+    assert slow.attempts == 1 and poison.attempts == 3
 
 
 # Several servers
@@ -412,6 +415,17 @@ def test_requests_go_where_room_is() -> None:
     assert capacity == 16
     assert 2 < by_quick / by_slow < 6
     assert by_quick + by_slow == 800
+
+
+def test_requests_below_capacity_are_spread_too() -> None:
+    async def main(*urls: str) -> list[int]:
+        async with opened(config(*urls)) as engine:
+            for first in range(0, 80, 8):
+                await asyncio.gather(*(ask(engine, str(first + number)) for number in range(8)))
+            return [server["succeeded"] for server in engine.notes()["servers"]]
+
+    with running_server() as one, running_server() as other:
+        assert asyncio.run(main(one.url, other.url)) == [40, 40]
 
 
 def test_a_dead_server_among_two_gets_a_try_now_and_then_until_it_is_back() -> None:
@@ -470,18 +484,18 @@ async def _soon(waited: Awaitable[Any]) -> None:
 
 
 def test_a_place_handed_over_at_the_moment_of_cancelling_is_not_lost() -> None:
-    async def main(url: str) -> None:
-        async with opened(config(url, concurrency=Concurrency(initial=1, maximum=1))) as engine:
-            first = asyncio.create_task(ask(engine, "first"))
-            await asyncio.sleep(0)
-            second = asyncio.create_task(ask(engine, "second"))
-            first.add_done_callback(lambda _: second.cancel())
-            await asyncio.wait([first, second])
-            assert engine.notes()["servers"][0]["under_way"] == 0
-            await _soon(ask(engine, "third"))
+    async def main() -> None:
+        server = Server("http://host/v1", Concurrency(initial=1, maximum=1))
+        balance = Balance([server])
+        place = await balance.place()
+        waiting = asyncio.create_task(balance.place())
+        await asyncio.sleep(0)
+        balance.give_back(place)  # the waiting task has its place, and has not run yet
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled() and server.limit.under_way == 0
 
-    with running_server() as server:
-        asyncio.run(main(server.url))
+    asyncio.run(main())
 
 
 def test_messages_of_errors_are_found_where_servers_put_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -110,6 +111,21 @@ def test_a_server_that_dies_is_started_again_and_requests_wait_for_it(tmp_path: 
         await engine.close()
 
     asyncio.run(main())
+
+
+def test_deaths_with_a_reply_in_between_do_not_add_up(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    async def main() -> None:
+        engine = engine_with(shell(f"echo process $$; {SCRIPTED}"), log)
+        await engine.open()
+        for _ in range(5):
+            os.kill(int(re.findall("process ([0-9]+)", log.read_text())[-1]), signal.SIGKILL)
+            assert await ask(engine) == thought_for("a document", 7)
+        await engine.close()
+
+    asyncio.run(main())
+    assert log.read_text().count("process") == 6
 
 
 def test_a_server_that_dies_again_and_again_ends_the_run(tmp_path: Path) -> None:
