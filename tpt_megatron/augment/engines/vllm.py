@@ -2,13 +2,14 @@
 
 Written after vLLM's API documentation and sources for 0.11 to 0.32: `vllm.v1.engine.async_llm.AsyncLLM` (from_engine_args, generate,
 shutdown), `vllm.engine.arg_utils.AsyncEngineArgs`, `vllm.sampling_params.SamplingParams` and `RequestOutputKind`, `vllm.inputs.TokensPrompt`,
-`vllm.v1.engine.exceptions.EngineDeadError`.
+`vllm.v1.engine.exceptions.EngineDeadError`. Run against 0.32 on CPU: replies, stop texts, cancellation, and the death of the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +50,7 @@ class VllmEngine:
         _sampling_params(self._config.sampling, 0)
         errors = _import("vllm.v1.engine.exceptions")
         self._engine_is_dead = errors.EngineDeadError
-        # Refused requests: VLLMClientError since some version, ValueError before; one that failed inside: EngineGenerateError.
-        refused = getattr(_import("vllm.exceptions"), "VLLMClientError", ValueError)
-        self._request_is_bad = (ValueError, refused, errors.EngineGenerateError)
+        self._request_is_bad = (*_refusals(), errors.EngineGenerateError)
         # In a thread: the worker's own loop must go on telling others that it lives.
         self._engine, self._tokenizer = await asyncio.to_thread(_start, self._config)
 
@@ -116,6 +115,13 @@ def _import(name: str) -> Any:
         if error.name != "vllm":
             raise
         raise MachineError("vllm is not installed; generator.kind=vllm needs it: pip install 'tpt-megatron[vllm]'") from None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return what vLLM raises for a request that it refuses: ValueError, in later versions an error of its own beside it."""
+    if importlib.util.find_spec("vllm.exceptions") is None:
+        return (ValueError,)
+    return (ValueError, getattr(_import("vllm.exceptions"), "VLLMClientError", ValueError))
 
 
 def _first_line(error: BaseException) -> str:
