@@ -294,12 +294,21 @@ def describe_file(path: Place, name: str | None = None) -> FileEntry:
 
 
 def check_outputs(manifest: Manifest, folder: Place, *, checksums: bool) -> None:
-    """Check that a manifest's outputs are there with the right size, and with `checksums` the right bytes (DataError)."""
+    """Check that a manifest's outputs are there with the right size, and with `checksums` the right bytes (DataError).
+
+    Sizes are read off listings: one a folder, however many files.
+    """
+    place = locate(folder)
+    listed: dict[str, dict[str, int]] = {}
     for entry in manifest.outputs:
-        path = locate(folder) / entry.name
-        if not path.is_file():
+        parent, _, name = entry.name.rpartition("/")
+        if parent not in listed:
+            listed[parent] = (place / parent if parent else place).sizes()
+        size = listed[parent].get(name)
+        path = place / entry.name
+        if size is None:
             raise DataError(f"{path}: named in the manifest but missing")
-        if path.size() != entry.bytes:
-            raise DataError(f"{path}: {path.size()} bytes, the manifest says {entry.bytes}; make it again")
+        if size != entry.bytes:
+            raise DataError(f"{path}: {size} bytes, the manifest says {entry.bytes}; make it again")
         if checksums and sha256_of(path) != entry.sha256:
             raise DataError(f"{path}: its SHA-256 is not the manifest's; the file was changed or damaged, make it again")

@@ -13,6 +13,7 @@ import shutil
 import sys
 import uuid
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -42,8 +43,12 @@ class Location(ABC):
         """Say whether it is there, as a folder."""
 
     @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Return the names directly below this folder, sorted, with their sizes in bytes, in one listing; none where there is no folder."""
+
     def names(self) -> list[str]:
         """Return the names directly below this folder, sorted; none where there is no folder."""
+        return list(self.sizes())
 
     @abstractmethod
     def glob(self) -> list[Location]:
@@ -120,9 +125,16 @@ class LocalLocation(Location):
         """Say whether it is there, as a folder."""
         return self.path.is_dir()
 
-    def names(self) -> list[str]:
-        """Return the names directly below this folder, without unfinished files."""
-        return sorted(name for name in os.listdir(self.path) if not _is_temporary(name)) if self.path.is_dir() else []
+    def sizes(self) -> dict[str, int]:
+        """Return the names directly below this folder with their sizes, without unfinished files."""
+        found = {}
+        if self.path.is_dir():
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # another worker removed it meanwhile
+                        if not _is_temporary(entry.name):
+                            found[entry.name] = entry.stat().st_size
+        return dict(sorted(found.items()))
 
     def glob(self) -> list[Location]:
         """Return the files that this path, read as a glob, stands for."""
@@ -219,14 +231,15 @@ class RemoteLocation(Location):
         self._fs.invalidate_cache()
         return bool(self._fs.isdir(self._path))
 
-    def names(self) -> list[str]:
-        """Return the names directly below."""
+    def sizes(self) -> dict[str, int]:
+        """Return the names directly below with their sizes."""
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(self._path, detail=False)
+            found = self._fs.ls(self._path, detail=True)
         except FileNotFoundError:
-            return []
-        return sorted(name for name in {path.rstrip("/").rsplit("/", 1)[-1] for path in found} if name)
+            return {}
+        named = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in found}
+        return {name: named[name] for name in sorted(named) if name}
 
     def glob(self) -> list[Location]:
         """Return the objects that this path, read as a glob, stands for."""

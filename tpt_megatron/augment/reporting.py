@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpt_megatron.augment.plan import Plan
 from tpt_megatron.augment.report import render_report, terminal_summary
-from tpt_megatron.augment.shards import finished_shards, read_shard_manifest
+from tpt_megatron.augment.shards import finished_shards, read_shard_manifests
 from tpt_megatron.augment.statistics import Statistics
 from tpt_megatron.config.augment import AugmentConfig, ModelGenerator
 from tpt_megatron.files import Manifest
@@ -67,7 +67,7 @@ def run_report(config: AugmentConfig) -> tuple[Location, Table]:
     """Write the report on what is finished so far; return its place and a summary for the terminal. DataError before a run began."""
     output = locate(config.output)
     plan = Plan.read(output / "plan.json")
-    summary = summarise([read_shard_manifest(output, plan.shards[number]) for number in sorted(finished_shards(output))])
+    summary = summarise(read_shard_manifests(output, [plan.shards[number] for number in sorted(finished_shards(output))]))
     place = write_report(config, plan, output, summary)
     return place, terminal_summary(summary.statistics, config.cost, summary.elapsed_s)
 

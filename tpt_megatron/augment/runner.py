@@ -28,7 +28,7 @@ from tpt_megatron.augment.claims import Claims
 from tpt_megatron.augment.generators import Ingredients
 from tpt_megatron.augment.plan import Plan, make_or_read_plan
 from tpt_megatron.augment.reporting import summarise, write_report
-from tpt_megatron.augment.shards import finished_shards, manifest_place, read_shard_manifest
+from tpt_megatron.augment.shards import finished_shards, manifest_place, read_shard_manifests
 from tpt_megatron.augment.worker import Worker
 from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.errors import DataError, MachineError, Stopped, TptError
@@ -83,16 +83,15 @@ def _complete_output(output: Location) -> Manifest | None:
 def _drop_damaged_shards(plan: Plan, output: Location) -> set[int]:
     """Return the finished shards; forget those whose files are missing or cut off, so that they are made again."""
     finished = finished_shards(output)
-    damaged = set()
-    for number in sorted(finished):
-        shard = plan.shards[number]
-        try:
-            check_outputs(read_shard_manifest(output, shard), output, checksums=False)
-        except DataError as error:
-            logger.warning("%s; shard %s is made again", error, shard.name)
+    shards = [plan.shards[number] for number in sorted(finished)]
+    sizes = {f"{folder}/{name}": size for folder in ("shards", "bad", "rejected") for name, size in (output / folder).sizes().items()}
+    for shard, manifest in zip(shards, read_shard_manifests(output, shards), strict=True):
+        damaged = [entry.name for entry in manifest.outputs if sizes.get(entry.name) != entry.bytes]
+        if damaged:
+            logger.warning("%s: missing or cut off; shard %s is made again", output / damaged[0], shard.name)
             manifest_place(output, shard).remove()
-            damaged.add(number)
-    return finished - damaged
+            finished.discard(shard.number)
+    return finished
 
 
 def _run_here(config: AugmentConfig, ingredients: Ingredients, plan: Plan, output: Location, done: set[int], position: float) -> None:
@@ -173,7 +172,8 @@ def _work(config: AugmentConfig, position: float) -> None:
 
 def _finish(config: AugmentConfig, plan: Plan, output: Location) -> Manifest | None:
     """Complete an output of which every shard is there; None, with a line that says who holds the rest, otherwise."""
-    missing = [shard for shard in plan.shards if shard.number not in finished_shards(output)]
+    finished = finished_shards(output)
+    missing = [shard for shard in plan.shards if shard.number not in finished]
     if missing:
         claims = Claims(output / "claims", config.claim_timeout_s)
         claims.look()
@@ -181,7 +181,7 @@ def _finish(config: AugmentConfig, plan: Plan, output: Location) -> Manifest | N
         held = ", ".join(f"{count} with {holder}" for holder, count in holders.items() if holder)
         logger.info("%s: %d of %d shards are still at work elsewhere (%s); the last worker completes the output", output, len(missing), len(plan.shards), held)
         return None
-    shards = [read_shard_manifest(output, shard) for shard in plan.shards]
+    shards = read_shard_manifests(output, plan.shards)
     counts = {name: sum(shard.counts[name] for shard in shards) for name in COUNTS}
     if counts["bad_records"] and not counts["documents"]:
         raise DataError(f"{output}: none of the {counts['lines_read']} lines of {', '.join(config.input)} gave a document; the reasons are above and in bad/")

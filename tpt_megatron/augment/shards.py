@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -300,3 +301,9 @@ def finished_shards(output: Location) -> set[int]:
 def read_shard_manifest(output: Location, shard: Shard) -> Manifest:
     """Read a finished shard's manifest."""
     return read_manifest(manifest_place(output, shard), SHARD_KIND)
+
+
+def read_shard_manifests(output: Location, shards: Iterable[Shard]) -> list[Manifest]:
+    """Read the manifests of finished shards, many at once, since a store takes its time for each."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda shard: read_shard_manifest(output, shard), shards))

@@ -103,7 +103,7 @@ class ArrayWorker:
     def __call__(self, data: object, rank: int = 0, world_size: int = 1) -> None:
         """Work, and end the process with the command's exit code when that fails.
 
-        No exception leaves: datatrove would log it with the values of all variables, keys of servers among them.
+        No exception leaves: datatrove would log it with the values of all variables, whatever they hold.
         """
         set_up_logging()
         for number in (signal.SIGTERM, signal.SIGINT):
