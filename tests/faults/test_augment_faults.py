@@ -220,6 +220,15 @@ def test_a_request_that_never_succeeds_is_counted_and_the_rest_goes_on(tmp_path:
     assert [len(augmented.thoughts) for augmented in output_of(tmp_path / "out")] == [1] * 5 + [0] + [1] * 94
 
 
+def test_a_run_with_nothing_left_but_a_document_that_always_fails_ends_all_the_same(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl", 1)
+    with running_server(reply_ms=5, script=[{"fault": "malformed", "match": "Document number 0 "}]) as server:
+        config = write_config(tmp_path / "c.yaml", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), server.url, generator={"attempts": 2})
+        said = run(config)
+    assert "1 thoughts were rejected: 1 request_failed" in said
+    assert [len(augmented.thoughts) for augmented in output_of(tmp_path / "out")] == [0]
+
+
 def test_a_wrong_key_ends_the_run_at_once_and_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     write_documents(tmp_path / "in.jsonl", 100)

@@ -72,6 +72,7 @@ class Worker:
             keep_rejected=config.keep_rejected,
             difficulty_field=config.difficulty_field,
         )
+        self._began = 0.0
         self._has_looked = False
         self._candidates: Iterator[Shard] = iter(())
         self._open: dict[int, OpenShard] = {}
@@ -91,7 +92,8 @@ class Worker:
             background: list[asyncio.Task[None]] = []
             try:
                 await self._open_generators()
-                for seconds, action in ((self._config.claim_timeout_s / 4, self._renew), (self._config.flush_s, self._save)):
+                self._began = asyncio.get_running_loop().time()
+                for seconds, action in ((self._config.claim_timeout_s / 4, self._renew), (self._config.flush_s, self._save), (2.0, self._show)):
                     background.append(asyncio.create_task(self._every(seconds, action)))
                 await self._take_shards()
                 await self._drain()
@@ -262,6 +264,16 @@ class Worker:
             except Exception as error:  # noqa: BLE001  (the first failure of any part ends the work; it is raised again by run)
                 self._failure = self._failure or error
                 self._changed.set()
+
+    async def _show(self) -> None:
+        """Say behind the bar how fast this worker is."""
+        progress, seconds = self.progress, asyncio.get_running_loop().time() - self._began
+        said = [f"{progress.documents / seconds:.1f} documents/s"]
+        if progress.generated_tokens:
+            said.append(f"{progress.generated_tokens / seconds:,.0f} tokens/s")
+        if progress.rejected:
+            said.append(f"{progress.rejected.total():,} rejected")
+        self._bar.say(", ".join(said))
 
     async def _save(self) -> None:
         for opened in list(self._open.values()):

@@ -6,7 +6,7 @@ Each failure is someone's fault (`chat_completions.Blame`), and that decides wha
                     within `outage_limit_s`, then MachineError; such a failure is never held against the request, save that
                     it timed out while others were answered
     the request's   500, half a reply, no JSON: tried again `attempts` times, then RequestFailed, if the server proved meanwhile
-                    that it answers others; a request that is alone sends one that was answered before once more, to see
+                    that it answers others; a request that is alone sends one that was answered before, or a simple one, to see
     refused         400 and the like: RequestFailed at once; MachineError when the first 20 all were
     the settings'   401, 403, 404: MachineError at once
 
@@ -46,6 +46,7 @@ _MODELS_POLL_S = 1.0
 _IDLE_CONNECTION_S = 4.0
 _LONGEST_RETRY_AFTER_S = 120.0
 _REFUSALS_BEFORE_END = 20
+_SIMPLE_QUESTION: Messages = ({"role": "user", "content": "Say yes."},)
 _LARGE_BODY = 1 << 20  # aiohttp warns of larger ones in one piece
 _BACK_OFF = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 _AFTER_LOST_CONNECTION = tenacity.wait_random(0, 0.2)  # whether the server is back, its rests find out
@@ -249,18 +250,20 @@ class OpenAIEngine:
         self._end_if_outage()
 
     async def _answers_since(self, moment: float) -> bool:
-        """Say whether a server answered any request since; ask once more what was answered before, where nothing else tells."""
+        """Say whether a server answered any request since; ask once more what was answered before, where nothing else tells.
+
+        Where nothing was answered yet (a run that goes on with nothing left but documents that always fail), ask something simple.
+        """
         if self._last_success > moment:
             return True
-        if self._answered is None:
-            return False
         if self._proof is None or self._proof.done():
-            self._proof = asyncio.create_task(self._prove_alive(self._answered))
+            simple = _Answered(request_body(self._config.model, _SIMPLE_QUESTION, Sampling(max_tokens=16, stop=()), 0), 0)
+            self._proof = asyncio.create_task(self._prove_alive(self._answered or simple))
         return await asyncio.shield(self._proof)
 
     async def _prove_alive(self, before: _Answered) -> bool:
         try:
-            async with asyncio.timeout(10 + 3 * before.seconds):
+            async with asyncio.timeout(min(10 + 3 * before.seconds, max(1, self._config.outage_limit_s))):
                 await self._send_once(_Request(before.body))
         except (Fault, TimeoutError, MachineError):
             return False
