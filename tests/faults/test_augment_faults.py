@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -90,14 +91,14 @@ def test_what_is_saved_of_an_unfinished_shard_is_not_asked_for_again(tmp_path: P
     assert [augmented.document.id for augmented in output_of(tmp_path / "out")] == [str(i) for i in range(200)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_sigterm_finishes_what_is_under_way_and_exits_3(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "signal_sent"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_finishes_what_is_under_way_and_exits_3(tmp_path: Path, workers: int, signal_sent: signal.Signals) -> None:
     write_documents(tmp_path / "in.jsonl", 2000)
     with running_server(reply_ms=300, document_pattern=DOCUMENT_PATTERN) as server:
         config = write_config(tmp_path / "c.yaml", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), server.url, shard={"documents": 100}, workers=workers)
-        with start(config) as process:
+        with start(config, own_group=True) as process:
             wait_for(process, lambda: server.log()["replies"] > 40)
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal_sent)  # as a terminal or Slurm does: parent and workers, and the parent tells its workers too
             _, err = process.communicate(timeout=60)
         assert process.returncode == 3, err
         assert "run the same command again to continue" in err

@@ -32,10 +32,10 @@ def write_config(path: Path, source: str, output: str, url: str | list[str], *, 
     return path
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start the command."""
+def start(config: Path, *overrides: str, own_group: bool = False) -> subprocess.Popen[str]:
+    """Start the command, if so wished as the leader of a process group."""
     words = [sys.executable, "-m", "tpt_megatron.cli", "augment", str(config), *overrides]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=own_group)
 
 
 def run(config: Path, *overrides: str, exit_code: int = 0, timeout_s: float = 300) -> str:

@@ -15,18 +15,15 @@ import asyncio
 import logging
 import multiprocessing
 import os
-import signal
 import socket
 from collections import Counter
-from collections.abc import Iterable
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from tpt_megatron.augment.claims import Claims
 from tpt_megatron.augment.generators import Ingredients
 from tpt_megatron.augment.plan import Plan, make_or_read_plan
+from tpt_megatron.augment.processes import WorkerProcesses
 from tpt_megatron.augment.reporting import summarise, write_report
 from tpt_megatron.augment.shards import finished_shards, manifest_place, read_shard_manifests
 from tpt_megatron.augment.worker import Worker
@@ -62,7 +59,7 @@ def run_augment(config: AugmentConfig, position: float = 0.0) -> Manifest | None
     if done:
         logger.info("%s: %d of %d shards finished before, kept", output, len(done), len(plan.shards))
     if config.workers > 1:
-        _run_processes(config, plan, output, done)
+        _run_processes(config, plan, output, done, position)
     else:
         _run_here(config, ingredients, plan, output, done, position)
     return _finish(config, plan, output)
@@ -114,52 +111,21 @@ def _run_here(config: AugmentConfig, ingredients: Ingredients, plan: Plan, outpu
                 logger.warning("%d thoughts were rejected: %s", progress.rejected.total(), reasons)
 
 
-def _run_processes(config: AugmentConfig, plan: Plan, output: Location, done: set[int]) -> None:
-    """Run workers as processes of this machine. One that fails or dies ends the others in good order; nothing waits for it for ever."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(config, i / config.workers), name=f"worker {i}") for i in range(config.workers)]
-    stopped: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        _terminate(processes)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for process in processes:
-            process.start()
-        with progress_bar("augment", len(plan.shards), completed=len(done)) as bar:
-            shown = len(done)
-            while alive := [process for process in processes if process.is_alive()]:
-                wait([process.sentinel for process in alive], timeout=2)
-                finished = len(finished_shards(output))
-                bar.advance(finished - shown)
-                shown = finished
-                if any(process.exitcode for process in processes):
-                    _terminate(processes)
-    finally:
-        _terminate(processes)
-        for process in processes:
-            process.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stopped:
-        raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
-    for process in processes:
-        if process.exitcode not in (0, Stopped.exit_code):
-            how = f"was killed by signal {-process.exitcode}" if process.exitcode and process.exitcode < 0 else "failed, see above"
-            raise TptError(f"{process.name} {how}; what was finished is kept, run the same command again to continue")
+def _run_processes(config: AugmentConfig, plan: Plan, output: Location, done: set[int], position: float) -> None:
+    """Run workers as processes of this machine, and show how many shards are finished."""
+    shown = len(done)
+    with WorkerProcesses(partial(_work, config, position), config.workers) as processes, progress_bar("augment", len(plan.shards), completed=shown) as bar:
+        while processes.are_at_work():
+            finished = len(finished_shards(output))
+            bar.advance(finished - shown)
+            shown = finished
+    processes.check()
 
 
-def _terminate(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-
-
-def _work(config: AugmentConfig, position: float) -> None:
+def _work(config: AugmentConfig, position: float, number: int) -> None:
     """Be one worker process of an output that is planned."""
     set_up_logging()
+    position = (position + number / config.workers) % 1
     name = multiprocessing.current_process().name
     output = locate(config.output)
     try:

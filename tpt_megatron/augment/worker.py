@@ -29,6 +29,8 @@ from tpt_megatron.storage import Location
 logger = logging.getLogger(__name__)
 OPEN_SHARDS = 8
 WARNINGS_SHOWN = 10
+SAME_SIGNAL_S = 2.0
+"""Ctrl-C and Slurm signal a whole group of processes, and a parent its workers too: what comes so close together is one signal."""
 
 
 @dataclass(slots=True)
@@ -79,6 +81,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._stopping = False
+        self._stopped_at = 0.0
         self._changed = asyncio.Event()
         self.progress = Progress()
 
@@ -154,9 +157,12 @@ class Worker:
         """How many documents to have under way: what the generators can take, and some that wait for it."""
         return int(sum(generator.capacity for generator in self._generators) * 1.25) + 8
 
-    async def _wait(self) -> None:
+    async def _wait(self, timeout_s: float | None = None) -> None:
+        """Wait until something ends or happens, or for `timeout_s`. Not to be wrapped in a task, which would begin after the caller has looked."""
         self._changed.clear()
-        await self._changed.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     async def _next_shard(self) -> OpenShard | None:
         """Claim and read the next free shard. Waits for shards of workers that may be dead; None when nothing is left to do here."""
@@ -170,8 +176,7 @@ class Worker:
             if not left or (not first_look and all(self._claims.is_alive(shard.number) for shard in left)):
                 return None
             if not first_look:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wait(), min(1.0, self._config.claim_timeout_s / 4))
+                await self._wait(min(1.0, self._config.claim_timeout_s / 4))
             self._candidates = iter(left)
         return None
 
@@ -298,8 +303,7 @@ class Worker:
                 logger.info("stopping: waiting up to %.0f s for %d documents under way", self._config.grace_s, len(self._tasks))
             if deadline is not None and clock() >= deadline:
                 break
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wait(), None if deadline is None else deadline - clock())
+            await self._wait(None if deadline is None else deadline - clock())
 
     async def _give_up_the_rest(self) -> None:
         """End what is still under way, save what is finished of open shards, and let other workers have them."""
@@ -327,8 +331,10 @@ class Worker:
                 signal.signal(number, handler)
 
     def _stop(self) -> None:
-        if self._stopping:
+        now = asyncio.get_running_loop().time()
+        if self._stopping and now - self._stopped_at > SAME_SIGNAL_S:
             for task in self._tasks:
                 task.cancel()
-        self._stopping = True
+        elif not self._stopping:
+            self._stopping, self._stopped_at = True, now
         self._changed.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tpt_megatron.config.load import Config, OneOrMore
 from tpt_megatron.records import FieldNames
@@ -229,7 +229,14 @@ class Slurm(Config):
     gpus_per_task: int = Field(0, ge=0)
     qos: str | None = None
     setup: str = ""
-    sbatch: dict[str, str] = Field(default_factory=dict)
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_is_quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(f'YAML read a number, {value}; put the time in quotes: time: "24:00:00"')
+        return value
 
 
 class Cost(Config):

@@ -1,0 +1,71 @@
+"""Worker processes of one machine: started together, ended in good order together, and never waited for in vain.
+
+A pool of processes hangs when one of them is killed, since its task is then never answered. Here a process that fails or
+dies ends the others, and the command says which it was.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from types import FrameType, TracebackType
+from typing import Self
+
+from tpt_megatron.errors import Stopped, TptError
+
+WAIT_S = 2.0
+
+
+class WorkerProcesses:
+    """`count` processes, each of which runs `work(number)`. For a `with` block, in which SIGTERM and SIGINT stop them."""
+
+    def __init__(self, work: Callable[[int], None], count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes = [context.Process(target=work, args=(number,), name=f"worker {number}") for number in range(count)]
+        self._asked: set[str] = set()
+        self._stopped = False
+
+    def __enter__(self) -> Self:
+        # Ctrl-C is ignored until a process has its own way to stop; SIGTERM reaches it at any time.
+        self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._stop), signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        for process in self._processes:
+            process.start()
+        signal.signal(signal.SIGINT, self._stop)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._end()
+        for process in self._processes:
+            process.join()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def are_at_work(self) -> bool:
+        """Wait some seconds, or until one ends; say whether any is still alive. One that failed has the others asked to end."""
+        alive = [process.sentinel for process in self._processes if process.is_alive()]
+        wait(alive, timeout=WAIT_S)
+        if self._stopped or any(process.exitcode for process in self._processes):
+            self._end()
+        return bool(alive)
+
+    def check(self) -> None:
+        """Raise Stopped after a signal, and TptError when a process failed or was killed."""
+        if self._stopped:
+            raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+        for process in self._processes:
+            if process.exitcode not in (0, Stopped.exit_code):
+                how = f"was killed by signal {-process.exitcode}" if process.exitcode and process.exitcode < 0 else "failed, see above"
+                raise TptError(f"{process.name} {how}; what was finished is kept, run the same command again to continue")
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopped = True
+        self._end()
+
+    def _end(self) -> None:
+        """Ask all to stop in good order, once: a second signal would end their grace period."""
+        for process in self._processes:
+            if process.is_alive() and process.name not in self._asked:
+                self._asked.add(process.name)
+                process.terminate()
