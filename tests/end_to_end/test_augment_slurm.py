@@ -111,7 +111,9 @@ def test_one_cancelled_task_leaves_its_shards_to_the_others(cluster: Cluster, fo
         job = job_of(run(config))
         until(lambda: finished_shards(locate("out")) and server.log()["under_way"] == 2)
         cluster.ask("scancel", f"{job}_1")
-        assert cluster.wait(job) == {0: ("COMPLETED", "0:0"), 1: ("CANCELLED", "3:0")}
+        states = cluster.wait(job)
+        assert states[0] == ("COMPLETED", "0:0")
+        assert states[1] in (("CANCELLED", "3:0"), ("CANCELLED", "0:0")), "0: what it had under way was the last of all"
         assert server.log()["documents"] == {str(i): 1 for i in range(24)}
     assert len(list(output_of("out"))) == 24
 

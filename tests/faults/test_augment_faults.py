@@ -95,11 +95,12 @@ def test_what_is_saved_of_an_unfinished_shard_is_not_asked_for_again(tmp_path: P
 def test_a_signal_finishes_what_is_under_way_and_exits_3(tmp_path: Path, workers: int, signal_sent: signal.Signals) -> None:
     write_documents(tmp_path / "in.jsonl", 2000)
     with running_server(reply_ms=300, document_pattern=DOCUMENT_PATTERN) as server:
-        config = write_config(tmp_path / "c.yaml", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), server.url, shard={"documents": 100}, workers=workers)
+        changes = {"shard": {"documents": 100}, "workers": workers, "grace_s": 600}
+        config = write_config(tmp_path / "c.yaml", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), server.url, **changes)
         with start(config, own_group=True) as process:
             wait_for(process, lambda: server.log()["replies"] > 40)
             os.killpg(process.pid, signal_sent)  # as a terminal or Slurm does: parent and workers, and the parent tells its workers too
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=60)  # far less than the grace period: nothing waits for what has ended
         assert process.returncode == 3, err
         assert "run the same command again to continue" in err
         log = server.log()
@@ -124,6 +125,18 @@ def test_after_the_grace_period_what_hangs_is_left(tmp_path: Path) -> None:
         server.script()
         assert "19 documents of unfinished shards had been saved" in " ".join(run(config).split())
     assert sum(1 for _ in output_of(tmp_path / "out")) == 20
+
+
+def test_a_signal_that_comes_as_the_last_documents_end_completes_the_output(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl", 10)
+    with running_server(reply_ms=3000) as server:
+        config = write_config(tmp_path / "c.yaml", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), server.url)
+        with start(config) as process:
+            wait_for(process, lambda: server.log()["under_way"] == 10)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert sum(1 for _ in output_of(tmp_path / "out")) == 10
 
 
 @pytest.mark.slow

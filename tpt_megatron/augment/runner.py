@@ -58,10 +58,14 @@ def run_augment(config: AugmentConfig, position: float = 0.0) -> Manifest | None
     done = _drop_damaged_shards(plan, output)
     if done:
         logger.info("%s: %d of %d shards finished before, kept", output, len(done), len(plan.shards))
-    if config.workers > 1:
-        _run_processes(config, plan, output, done, position)
-    else:
-        _run_here(config, ingredients, plan, output, done, position)
+    try:
+        if config.workers > 1:
+            _run_processes(config, plan, output, done, position)
+        else:
+            _run_here(config, ingredients, plan, output, done, position)
+    except Stopped:  # with nothing left to do there is nothing to continue, and perhaps no other worker to complete the output
+        if len(finished_shards(output)) < len(plan.shards):
+            raise
     return _finish(config, plan, output)
 
 

@@ -90,7 +90,7 @@ class VllmEngine:
         """End the engine and its processes."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            await asyncio.to_thread(engine.shutdown)
+            engine.shutdown()  # in this thread, some seconds: its own task here would take the end for a fault and log it
 
     @property
     def capacity(self) -> int:
