@@ -35,21 +35,14 @@ def main() -> None:
         signal.signal(number, _stop)  # training replaces it: it saves first
     try:
         app()
-    except TptError as error:
-        print(f"tpt: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # no permission, no space, a file where a folder should be: the system's words say it best
-        if error.strerror is None:
-            raise
-        print(f"tpt: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        from tpt_megatron.storage import remote_errors
+        from tpt_megatron.storage import explain
 
-        if not isinstance(error, remote_errors()):
+        line = explain(error)
+        if line is None:
             raise
-        print(f"tpt: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        print(f"tpt: {line}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, TptError) else 1)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -186,8 +186,8 @@ def read_lines(path: Place, progress: Callable[[int], object] | None = None) -> 
 def stream_lines(path: Place, *, offset: int = 0, longest: int | None = None, progress: Callable[[int], object] | None = None) -> Iterator[tuple[bytes, int]]:
     """Yield (line without its end, its bytes in the file) as `read_lines` reads them.
 
-    `offset` is where to begin in a file that is not compressed. Of a line of more than `longest` bytes only the first
-    `longest` come, and the rest is passed over without being held.
+    `offset` is where to begin in a file that is not compressed. Of a line of more than `longest` bytes only the beginning
+    comes, one or two bytes more than `longest`, and the rest is passed over without being held.
     """
     place, number, reported = locate(path), 0, 0
     try:
@@ -195,13 +195,14 @@ def stream_lines(path: Place, *, offset: int = 0, longest: int | None = None, pr
             if offset:
                 file.seek(offset)
             stream = _decompressed(file, place.name)
-            while line := stream.readline(-1 if longest is None else longest + 1):
+            while line := stream.readline(-1 if longest is None else longest + 2):
                 number += 1
                 length = len(line)
-                if longest is not None and length > longest and not line.endswith(b"\n"):
+                if longest is not None and length == longest + 2 and not line.endswith(b"\n"):
                     length += _pass_over(stream)
-                    line = line[:longest]
-                yield line.removeprefix(codecs.BOM_UTF8 if number == 1 and not offset else b"").rstrip(b"\r\n"), length
+                    yield line, length
+                else:
+                    yield line.removeprefix(codecs.BOM_UTF8 if number == 1 and not offset else b"").rstrip(b"\r\n"), length
                 if progress is not None and number % 256 == 0:
                     at = file.tell()
                     progress(at - reported)

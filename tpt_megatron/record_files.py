@@ -35,7 +35,7 @@ _THOUGHT = pa.struct(
         ("revision", pa.string()),
         ("prompt", pa.string()),
         ("prompt_hash", pa.string()),
-        ("sample", pa.int32()),
+        ("sample", pa.int64()),
         ("seed", pa.int64()),
         ("sampling", pa.string()),
         ("finish_reason", pa.string()),
@@ -66,7 +66,7 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Location]:
     A folder stands for the record files in it; an output folder of `tpt augment` stands for its shards, whose sizes are
     checked. Raises DataError when a pattern matches nothing, or when such an output is incomplete.
     """
-    found: dict[Location, None] = {}
+    found: dict[str, Location] = {}
     for pattern in patterns:
         base = locate(pattern)
         if base.is_file():
@@ -80,8 +80,9 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Location]:
         for match in matches:
             if not is_record_file(match.name):
                 raise DataError(f"{match}: not a record file by its name; the endings are {', '.join(LINE_ENDINGS)} and .parquet")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        for match in matches:
+            found.setdefault(match.resolved(), match)
+    return list(found.values())
 
 
 def refuse_inputs_in_output(patterns: tuple[str, ...], output: Location) -> None:
@@ -152,7 +153,7 @@ def read_rows(
         if number <= first:
             continue
         where = f"{place}:{number}"
-        if longest is not None and length > longest + 2:
+        if longest is not None and len(line) > longest:
             yield Row(where, line[:4096], _too_long(length, longest))
         else:
             yield Row(where, line)
@@ -183,20 +184,23 @@ def _parquet_rows(place: Location, first: int, longest: int | None, progress: Ca
         ends = _row_group_ends(file)
         group = bisect.bisect_right(ends, first)
         number = ends[group - 1] if group else 0
-        ours = (file.schema_arrow.metadata or {}).get(b"tpt_megatron") == b"augmented-1"
+        # pyarrow keeps a schema's metadata when columns are dropped, so the names must agree too.
+        marked = (file.schema_arrow.metadata or {}).get(b"tpt_megatron") == b"augmented-1"
+        ours = marked and file.schema_arrow.names == AUGMENTED_SCHEMA.names
         size, rows = place.size(), max(1, file.metadata.num_rows)
         batches = file.iter_batches(ROWS_PER_BATCH, row_groups=list(range(group, file.metadata.num_row_groups)))
         while True:
             try:
                 batch = next(batches, None)
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{place}: damaged after row {number} ({str(error).splitlines()[0]})") from None
             if batch is None:
                 return
-            for values in _python_rows(batch):
+            passed = min(batch.num_rows, max(0, first - number))
+            number += passed
+            for values in _python_rows(batch.slice(passed)):
                 number += 1
-                if number > first:
-                    yield _row(f"{place}:row {number}", values, ours, longest)
+                yield _row(f"{place}:row {number}", values, ours, longest)
             if progress is not None:
                 progress(size * batch.num_rows // rows)
 
@@ -211,15 +215,20 @@ def _row_group_ends(file: pq.ParquetFile) -> list[int]:
 
 
 def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    """Yield each row's values, or, for a row whose strings are not UTF-8, what is wrong with it."""
+    """Yield each row's values, or, for a row that Python cannot hold (no UTF-8, a date out of range), what is wrong with it."""
+    unreadable = (ValueError, OverflowError, pa.ArrowException)  # a UnicodeDecodeError is a ValueError
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
+        rows = batch.to_pylist()
+    except unreadable:
         for i in range(batch.num_rows):
             try:
                 yield from batch.slice(i, 1).to_pylist()
             except UnicodeDecodeError as error:
                 yield f"not valid UTF-8 at byte {error.start}"
+            except unreadable as error:
+                yield f"a value cannot be read: {' '.join(str(error).split())}"
+    else:
+        yield from rows
 
 
 def _row(where: str, values: dict[str, Any] | str, ours: bool, longest: int | None) -> Row:
@@ -229,12 +238,17 @@ def _row(where: str, values: dict[str, Any] | str, ours: bool, longest: int | No
         length = sum(len(value) for value in values.values() if isinstance(value, (str, bytes)))
         if length > longest:
             return Row(where, repr(values)[:4096].encode(errors="replace"), _too_long(length, longest))
-    return Row(where, _from_columns(values) if ours else values)
+    if not ours:
+        return Row(where, values)
+    try:
+        return Row(where, _from_columns(values))
+    except orjson.JSONDecodeError as error:
+        return Row(where, repr(values)[:4096].encode(errors="replace"), f"a column that holds JSON does not: {error}")
 
 
 def _from_columns(values: dict[str, Any]) -> dict[str, Any]:
     """Return the record that `encode_records` wrote as a row."""
-    extra, thoughts = values.pop("extra"), values.pop("thoughts")
+    extra, thoughts = values.pop("extra"), values.pop("thoughts") or []
     record = {key: value for key, value in values.items() if value is not None}
     record.update(orjson.loads(extra) if extra else {})
     record["thoughts"] = [_thought_from_column(thought) for thought in thoughts]

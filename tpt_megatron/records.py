@@ -102,6 +102,8 @@ def _optional(record: Mapping[str, Any], key: str, kind: type, where: str) -> An
     value = record.get(key)
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
         raise RecordError(where, f"field {key!r} must be of type {kind.__name__}, found {_kind(value)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RecordError(where, f"field {key!r} must be a number of 64 bits, found {value}")
     return value
 
 
@@ -125,7 +127,13 @@ def read_document(record: object, where: str, names: FieldNames = FieldNames()) 
     else:
         identity = _string(record, names.id, where)
     source = None if record.get(names.source) is None else _string(record, names.source, where)
-    extra = {extra_name(key): value for key, value in record.items() if key not in (names.text, names.id, names.source)}
+    extra = {}
+    for key, value in record.items():
+        if key not in (names.text, names.id, names.source):
+            kept_as = extra_name(key)
+            if kept_as in extra or (kept_as != key and kept_as in record):
+                raise RecordError(where, f"fields {key!r} and {kept_as!r} would both be kept as {kept_as!r}; rename one")
+            extra[kept_as] = value
     return Document(identity, text, source, extra)
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import fsspec
 
-from tpt_megatron.errors import ConfigError, DataError, MachineError
+from tpt_megatron.errors import ConfigError, DataError, MachineError, TptError
 
 
 class Location(ABC):
@@ -72,11 +72,18 @@ class Location(ABC):
 
     @abstractmethod
     def create(self, data: bytes) -> bool:
-        """Write the whole file unless one is there; say whether this call wrote it. One of several at once wins."""
+        """Write the whole file unless one is there; say whether this call wrote it.
+
+        Of several at once that write different bytes one wins; of those that write the same bytes each may be told it did.
+        """
 
     @abstractmethod
     def remove(self) -> None:
         """Remove the file, or the folder with all in it; nothing happens where there is none."""
+
+    def resolved(self) -> str:
+        """Return one name for it, however it was given."""
+        return str(self)
 
     @abstractmethod
     def contains(self, other: Location) -> bool:
@@ -172,7 +179,9 @@ class LocalLocation(Location):
         try:
             os.link(temporary, self.path)
         except FileExistsError:
-            return False
+            # A network file system may have linked it, lost its answer, and tried once more.
+            if not os.path.samefile(temporary, self.path):
+                return False
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(self.path.parent)
@@ -184,6 +193,10 @@ class LocalLocation(Location):
             shutil.rmtree(self.path, ignore_errors=True)  # another worker may be removing it too
         else:
             self.path.unlink(missing_ok=True)
+
+    def resolved(self) -> str:
+        """Return its absolute path, links followed."""
+        return str(self.path.resolve())
 
     def contains(self, other: Location) -> bool:
         """Say whether `other` is this folder or lies somewhere below it, links followed."""
@@ -276,19 +289,20 @@ class RemoteLocation(Location):
         """Put the object on condition that none is there (on S3 the request header If-None-Match)."""
         try:
             self._fs.pipe_file(self._path, data, mode="create")
-        except FileExistsError:
-            return False
         except OSError as error:
-            if "PreconditionFailed" in str(error) or "ConditionalRequestConflict" in str(error) or "pre-conditions" in str(error):
-                return False
-            raise
+            refusals = ("PreconditionFailed", "ConditionalRequestConflict", "pre-conditions")
+            if not isinstance(error, FileExistsError) and not any(refusal in str(error) for refusal in refusals):
+                raise
+            # The client library may have put it, lost the answer, and tried once more: then it is ours.
+            return self.read_bytes() == data
         return True
 
     def remove(self) -> None:
         """Remove the object, or all that lies below."""
         self._fs.invalidate_cache()
-        if self._fs.exists(self._path):
-            self._fs.rm(self._path, recursive=True)
+        with suppress(FileNotFoundError):  # another worker may be removing it too
+            if self._fs.exists(self._path):
+                self._fs.rm(self._path, recursive=True)
 
     def contains(self, other: Location) -> bool:
         """Say whether `other` is this folder or lies somewhere below it."""
@@ -317,10 +331,14 @@ def locate(place: str | Path | Location) -> Location:
     return RemoteLocation(fs, path)
 
 
-def remote_errors() -> tuple[type[Exception], ...]:
-    """Return what stores raise besides OSError when they cannot be reached or refuse: the client library's own errors."""
+def explain(error: Exception) -> str | None:
+    """Return one line for an error that a person can act on: our own, the system's, a store's. None for a bug, whose traceback tells."""
+    if isinstance(error, OSError) and error.strerror is not None:  # no permission, no space, a file where a folder should be
+        return f"{error.filename or 'a file'}: {error.strerror}"
     botocore = sys.modules.get("botocore.exceptions")  # loaded where s3:// was used
-    return () if botocore is None else (botocore.BotoCoreError,)
+    if isinstance(error, (TptError, OSError)) or (botocore is not None and isinstance(error, botocore.BotoCoreError)):
+        return " ".join(str(error).split())
+    return None
 
 
 def _is_temporary(name: str) -> bool:

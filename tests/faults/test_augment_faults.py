@@ -200,6 +200,18 @@ def test_a_worker_process_that_is_killed_ends_the_run_and_nothing_hangs(tmp_path
     assert [augmented.document.id for augmented in output_of(tmp_path / "out")] == [str(i) for i in range(3000)]
 
 
+def test_a_worker_process_that_is_stopped_from_outside_stops_the_run_with_exit_code_3(tmp_path: Path) -> None:
+    write_documents(tmp_path / "in.jsonl", 3000)
+    with running_server(reply_ms=50) as server:
+        config = write_config(tmp_path / "c.yaml", str(tmp_path / "in.jsonl"), str(tmp_path / "out"), server.url, workers=2, shard={"documents": 50})
+        with start(config) as process:
+            wait_for(process, lambda: len(list(tmp_path.glob("out/shards/*.manifest.json"))) > 1)
+            next(child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())).terminate()
+            _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert re.search(r"tpt: worker [01] was stopped by a signal; what was finished is kept", err)
+
+
 def test_workers_that_start_at_once_share_the_shards_and_none_is_done_twice(tmp_path: Path) -> None:
     write_documents(tmp_path / "in.jsonl", 1500)
     with running_server(reply_ms=20, document_pattern=DOCUMENT_PATTERN) as server:

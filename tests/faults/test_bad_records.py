@@ -105,12 +105,14 @@ def test_byte_order_mark_carriage_returns_and_nul_inside_a_string_are_no_faults(
     assert json.loads(shard.read_bytes().splitlines()[1])["text"] == "a\x00b\r\n"
 
 
-def test_an_empty_file_gives_no_shard_and_no_dataset(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").touch()
-    assert counts_of(augment(tmp_path))["lines_read"] == 0
-    with pytest.raises(DataError, match=r"no (document for train|input file matches)"):
-        run_preprocess(preprocess(tmp_path, input=str(tmp_path / "out"), output=tmp_path / "data"))
-    assert finished(tmp_path / "data") == {}
+def test_an_input_without_a_document_is_an_error_and_one_such_file_among_others_is_none(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(DataError, match=r"none of the 2 lines of .*in\.jsonl gave a document"):
+        run_augment(augment(tmp_path))
+    assert not (tmp_path / "out/manifest.json").exists()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    assert counts_of(augment(tmp_path, input=[str(tmp_path / "empty.jsonl"), str(tmp_path / "good.jsonl")], output=tmp_path / "more"))["documents"] == 1
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
@@ -175,6 +177,61 @@ def test_parquet_rows_that_cannot_be_used_are_set_aside_by_row(tmp_path: Path) -
     entries = [json.loads(text) for text in aside.read_text(encoding="utf-8").splitlines()]
     assert [entry["where"].rsplit(":", 1)[1] for entry in entries] == ["row 2", "row 3", "row 4"]
     assert "not valid UTF-8" in entries[2]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("thought", "reason"),
+    [
+        ({"text": "x", "generator": "g", "sample": 2**63}, "field 'sample' must be a number of 64 bits"),
+        ({"text": "x", "generator": "g", "tokens": 2**64 - 1}, "field 'tokens' must be a number of 64 bits"),
+        ({"text": "x"}, "field 'generator' is missing"),
+        ("x", "a thought must be a JSON object"),
+    ],
+)
+def test_a_thought_that_the_record_brought_and_no_output_can_hold_is_set_aside(tmp_path: Path, thought: Any, reason: str) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json.dumps({"text": "a", "mind": "m", "thoughts": [thought]}).encode() + b"\n" + GOOD)
+    counts = counts_of(augment(tmp_path))
+    assert (counts["documents"], counts["bad_records"]) == (1, 1)
+    (aside,) = (tmp_path / "out/bad").iterdir()
+    assert reason in json.loads(aside.read_text(encoding="utf-8"))["reason"]
+
+
+def test_parquet_values_that_python_cannot_hold_spoil_their_row_only(tmp_path: Path) -> None:
+    times = pa.array([0, 1_000_000_001, 2**62], pa.timestamp("ns"))
+    binary = pa.array([[{"text": "x", "generator": "g", "b": b"1"}], None, None])
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "mind": ["m"] * 3, "time": times}), tmp_path / "times.parquet")
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "mind": ["m"] * 3, "thoughts": binary}), tmp_path / "binary.parquet")
+    counts = counts_of(augment(tmp_path, input=[str(tmp_path / "times.parquet"), str(tmp_path / "binary.parquet")]))
+    assert counts["lines_read"] == 6
+    assert counts["documents"] + counts["bad_records"] == 6
+    assert counts["documents"] >= 3
+
+
+def test_our_own_parquet_with_columns_taken_away_is_read_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    run_augment(augment(tmp_path))
+    (shard,) = (tmp_path / "out/shards").glob("*.parquet")
+    pq.write_table(pq.read_table(shard).drop_columns(["extra"]).append_column("mind", pa.array(["m"])), tmp_path / "fewer.parquet")
+    assert counts_of(augment(tmp_path, input=str(tmp_path / "fewer.parquet"), output=tmp_path / "again"))["documents"] == 1
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n", b""])
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, 3, 5])
+def test_the_largest_record_is_known_to_the_byte(tmp_path: Path, ending: bytes, more: int) -> None:
+    line = b'{"text": "' + b"x" * (1000 + more - len(GOOD) + 4) + b'", "mind": "m"}'
+    (tmp_path / "in.jsonl").write_bytes(GOOD + b"\n" + line + ending)
+    counts = counts_of(augment(tmp_path, max_record_megabytes=0.001))
+    assert len(line) == 1000 + more
+    assert counts["bad_records"] == (more > 0)
+    if more > 0:
+        (aside,) = (tmp_path / "out/bad").iterdir()
+        assert "more than max_record_megabytes allows" in json.loads(aside.read_text(encoding="utf-8"))["reason"]
+
+
+def test_two_fields_that_would_be_kept_under_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"k": "9", "id": 1, "input_id": 2, "text": "a", "mind": "m"}\n' + GOOD)
+    counts = counts_of(augment(tmp_path, fields={"id": "k"}))
+    assert (counts["documents"], counts["bad_records"]) == (1, 1)
 
 
 def test_a_cut_off_parquet_stops_the_run(tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ class Owner:
             return True
 
 
+def _owner(claim: dict[str, Any]) -> Owner:
+    return Owner(*(claim[key] for key in ("worker", "host", "machine", "process", "started")))
+
+
 def _machine() -> str:
     """Return what tells this boot of this machine, and this container's process numbers, from any other's."""
     try:
@@ -95,7 +99,7 @@ class Claims:
     def take(self, shard: int) -> Claim | None:
         """Claim a shard, as `look` saw it last; None when another worker holds it or was faster."""
         generation = self._latest.get(shard)
-        if generation is not None and not self._may_take_over(shard, generation):
+        if generation is not None and not self._observe(shard, generation):
             return None
         claim = Claim(shard, 0 if generation is None else generation + 1)
         return claim if self._place(claim).create(self._content(claim)) else None
@@ -105,10 +109,12 @@ class Claims:
         return time.monotonic() - self._alive_at.get(shard, -math.inf) <= self._timeout_s
 
     def holder(self, shard: int) -> str | None:
-        """Return HOST:PROCESS of the worker that holds a shard, as `look` saw it last; None where nobody does."""
+        """Return HOST:PROCESS of the worker that holds a shard and may be alive, as `look` saw it last; None where nobody does."""
         generation = self._latest.get(shard)
         value = None if generation is None else self._read(shard, generation)
-        return None if value is None else f"{value['host']}:{value['process']}"
+        if value is None or value.get("released") or _owner(value).is_gone():
+            return None
+        return f"{value['host']}:{value['process']}"
 
     def renew(self, claim: Claim) -> bool:
         """Show that this worker is alive; False when the shard was taken over."""
@@ -153,11 +159,12 @@ class Claims:
             return None
         return value if isinstance(value, dict) and {"worker", "host", "machine", "process", "started", "beat"} <= value.keys() else None
 
-    def _may_take_over(self, shard: int, generation: int) -> bool:
+    def _observe(self, shard: int, generation: int) -> bool:
+        """Look at a claim, remember what its holder shows of life, and say whether the shard may be taken over."""
         value = self._read(shard, generation)
         beat = -1
         if value is not None:
-            owner = Owner(*(value[key] for key in ("worker", "host", "machine", "process", "started")))
+            owner = _owner(value)
             if value.get("released") or owner.is_gone():
                 return True
             if owner.machine == self.owner.machine:

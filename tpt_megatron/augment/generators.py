@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -27,6 +27,8 @@ from tpt_megatron.augment.worked import work_out_text
 from tpt_megatron.config.augment import AugmentConfig, FieldGenerator, ModelGenerator, OpenAIGenerator, TransformersGenerator, VllmGenerator, WorkedGenerator
 from tpt_megatron.errors import RecordError
 from tpt_megatron.records import Document, Thought, extra_name, text_id
+
+Result = TypeVar("Result")
 
 
 class Generator(Protocol):
@@ -87,7 +89,7 @@ class FieldThoughts(InstantGenerator):
             raise RecordError(where, f"field {self._field!r} must be a string, found {'null' if text is None else type(text).__name__}")
         if not text.strip():
             raise RecordError(where, f"field {self._field!r} is empty")
-        thought = Thought(text=text, generator=f"field:{self._field}")
+        thought = Thought(text=text, generator=f"field:{self._field}", document_hash=text_id(document.text)[:16])
         fault = self._checks.check(text, document.text, closed=True, refused=False)
         return Outcome(thoughts=(thought,)) if fault is None else Outcome(rejections=(Rejection(*fault, thought),))
 
@@ -100,7 +102,7 @@ class WorkedThoughts(InstantGenerator):
         text = work_out_text(document.text)
         if text is None:
             raise RecordError(where, "the text is no problem of the demonstration, so generator.kind=worked cannot solve it")
-        return Outcome(thoughts=(Thought(text=text, generator="worked", finish_reason="stop"),))
+        return Outcome(thoughts=(Thought(text=text, generator="worked", finish_reason="stop", document_hash=text_id(document.text)[:16]),))
 
 
 class PromptedThoughts:
@@ -212,7 +214,7 @@ def fields_by_variable(config: AugmentConfig) -> dict[str, str]:
     return {variable: own.get(name, extra_name(name)) for variable, name in config.prompt_fields.items()}
 
 
-async def all_or_none(asked: Sequence[Coroutine[Any, Any, Outcome]]) -> list[Outcome]:
+async def all_or_none(asked: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Await all; the first failure ends the others and is raised as it is."""
     tasks = [asyncio.ensure_future(one) for one in asked]
     try:

@@ -7,6 +7,7 @@ created exclusively, so that workers that start at once agree on one.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,13 +45,18 @@ class Shard:
 class Plan:
     """What an output is made of: the settings its thoughts depend on, the inputs, and the shards, in the inputs' order.
 
-    `stamps` tell cheaply whether an input is still the file that was planned.
+    `stamps` tell cheaply whether an input is still the file that was planned. `records` are the rows that are not blank.
     """
 
     settings: dict[str, Any]
     inputs: tuple[FileEntry, ...]
     stamps: tuple[str, ...]
     shards: tuple[Shard, ...]
+    records: int
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of the plan's SHA-256: what was made by another plan does not belong to this one."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
 
     def to_bytes(self) -> bytes:
         """Return the plan as JSON."""
@@ -60,6 +66,7 @@ class Plan:
                 "settings": self.settings,
                 "inputs": [entry.model_dump() for entry in self.inputs],
                 "stamps": self.stamps,
+                "records": self.records,
                 "shards": [(shard.file, shard.first, shard.count, shard.offset) for shard in self.shards],
             },
             option=orjson.OPT_APPEND_NEWLINE,
@@ -77,6 +84,7 @@ class Plan:
                 inputs=tuple(FileEntry.model_validate(entry) for entry in value["inputs"]),
                 stamps=tuple(value["stamps"]),
                 shards=tuple(Shard(number, *numbers) for number, numbers in enumerate(value["shards"])),
+                records=value["records"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{place}: a damaged plan ({error}); give another output, or remove the folder") from None
@@ -139,33 +147,35 @@ def make_plan(inputs: list[Location], settings: dict[str, Any], config: AugmentC
     """Read all inputs and cut them into shards. Raises DataError for one that cannot be read."""
     size, longest = config.shard, int(config.max_record_megabytes * 1e6)
     shards: list[Shard] = []
-    entries, stamps = [], []
+    entries, stamps, records = [], [], 0
     with progress_bar("plan", sum(place.size() for place in inputs)) as bar:
         for file, place in enumerate(inputs):
             stamps.append(place.stamp())
             entries.append(FileEntry(name=str(place), bytes=place.size(), sha256=sha256_of(place)))
             cuts = _parquet_cuts(place, size) if place.name.endswith(".parquet") else _line_cuts(place, size, longest, bar.advance)
-            for first, count, offset in cuts:
+            for first, count, blank, offset in cuts:
                 shards.append(Shard(len(shards), file, first, count, offset))
-    return Plan(settings, tuple(entries), tuple(stamps), tuple(shards))
+                records += count - blank
+    return Plan(settings, tuple(entries), tuple(stamps), tuple(shards), records)
 
 
-def _line_cuts(place: Location, size: ShardSize, longest: int, progress: Callable[[int], object]) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, rows, byte offset) of each shard of a file of lines; an offset only where reading can begin there."""
+def _line_cuts(place: Location, size: ShardSize, longest: int, progress: Callable[[int], object]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first row, rows, blank ones, byte offset) of each shard of a file of lines; an offset only where reading can begin there."""
     limit, seekable = size.megabytes * 1e6, starts_anywhere(place)
-    first = start = at = rows = 0
-    for _, length in stream_lines(place, longest=longest, progress=progress):
+    first = start = at = rows = blank = 0
+    for line, length in stream_lines(place, longest=longest, progress=progress):
         if rows and (rows >= size.documents or at + length - start > limit):
-            yield first, rows, start if seekable else 0
-            first, rows, start = first + rows, 0, at
+            yield first, rows, blank, start if seekable else 0
+            first, rows, blank, start = first + rows, 0, 0, at
         rows += 1
+        blank += not line.strip()
         at += length
     if rows:
-        yield first, rows, start if seekable else 0
+        yield first, rows, blank, start if seekable else 0
 
 
-def _parquet_cuts(place: Location, size: ShardSize) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, rows, 0) of each shard of a Parquet file, by its row groups' own sizes."""
+def _parquet_cuts(place: Location, size: ShardSize) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first row, rows, 0, 0) of each shard of a Parquet file, by its row groups' own sizes."""
     with open_parquet(place) as file:
         first = 0
         for i in range(file.metadata.num_row_groups):
@@ -173,5 +183,5 @@ def _parquet_cuts(place: Location, size: ShardSize) -> Iterator[tuple[int, int, 
             bytes_per_row = group.total_byte_size / max(1, group.num_rows)
             rows = min(size.documents, max(1, math.floor(size.megabytes * 1e6 / max(1.0, bytes_per_row))))
             for begin in range(0, group.num_rows, rows):
-                yield first + begin, min(rows, group.num_rows - begin), 0
+                yield first + begin, min(rows, group.num_rows - begin), 0, 0
             first += group.num_rows

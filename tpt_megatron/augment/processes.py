@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from types import FrameType, TracebackType
@@ -16,6 +17,8 @@ from typing import Self
 from tpt_megatron.errors import Stopped, TptError
 
 WAIT_S = 2.0
+SAME_SIGNAL_S = 2.0
+"""Ctrl-C and Slurm signal a whole group of processes, and a parent its workers too: what comes so close together is one signal."""
 
 
 class WorkerProcesses:
@@ -25,7 +28,7 @@ class WorkerProcesses:
         context = multiprocessing.get_context("spawn")
         self._processes = [context.Process(target=work, args=(number,), name=f"worker {number}") for number in range(count)]
         self._asked: set[str] = set()
-        self._stopped = False
+        self._stopped, self._stopped_at = False, 0.0
 
     def __enter__(self) -> Self:
         # Ctrl-C is ignored until a process has its own way to stop; SIGTERM reaches it at any time.
@@ -51,16 +54,23 @@ class WorkerProcesses:
         return bool(alive)
 
     def check(self) -> None:
-        """Raise Stopped after a signal, and TptError when a process failed or was killed."""
+        """Raise Stopped after a signal to this process or to one of them, and TptError when one failed or was killed by itself."""
         if self._stopped:
             raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
-        for process in self._processes:
-            if process.exitcode not in (0, Stopped.exit_code):
+        by_themselves_first = sorted(self._processes, key=lambda process: process.name in self._asked)
+        for process in by_themselves_first:
+            if process.exitcode == Stopped.exit_code:
+                raise Stopped(f"{process.name} was stopped by a signal; what was finished is kept, run the same command again to continue")
+            if process.exitcode != 0:
                 how = f"was killed by signal {-process.exitcode}" if process.exitcode and process.exitcode < 0 else "failed, see above"
                 raise TptError(f"{process.name} {how}; what was finished is kept, run the same command again to continue")
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopped = True
+        now = time.monotonic()
+        if self._stopped and now - self._stopped_at > SAME_SIGNAL_S:
+            self._asked.clear()  # the second signal, which ends grace periods, is for them too
+        elif not self._stopped:
+            self._stopped, self._stopped_at = True, now
         self._end()
 
     def _end(self) -> None:

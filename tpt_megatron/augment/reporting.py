@@ -67,7 +67,7 @@ def run_report(config: AugmentConfig) -> tuple[Location, Table]:
     """Write the report on what is finished so far; return its place and a summary for the terminal. DataError before a run began."""
     output = locate(config.output)
     plan = Plan.read(output / "plan.json")
-    summary = summarise(read_shard_manifests(output, [plan.shards[number] for number in sorted(finished_shards(output))]))
+    summary = summarise(list(read_shard_manifests(output, [plan.shards[number] for number in sorted(finished_shards(output))]).values()))
     place = write_report(config, plan, output, summary)
     return place, terminal_summary(summary.statistics, config.cost, summary.elapsed_s)
 

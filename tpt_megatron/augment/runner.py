@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import socket
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from tpt_megatron.augment.reporting import summarise, write_report
 from tpt_megatron.augment.shards import finished_shards, manifest_place, read_shard_manifests
 from tpt_megatron.augment.worker import Worker
 from tpt_megatron.config.augment import AugmentConfig
-from tpt_megatron.errors import DataError, MachineError, Stopped, TptError
-from tpt_megatron.files import AUGMENTED, Manifest, check_outputs, read_manifest
+from tpt_megatron.errors import ConfigError, DataError, MachineError, Stopped, TptError
+from tpt_megatron.files import AUGMENTED, FileEntry, Manifest, read_manifest
 from tpt_megatron.log import progress_bar, set_up_logging
 from tpt_megatron.record_files import refuse_inputs_in_output
-from tpt_megatron.storage import LocalLocation, Location, locate, remove_unfinished
+from tpt_megatron.storage import LocalLocation, Location, explain, locate, remove_unfinished
 
 logger = logging.getLogger(__name__)
 COUNTS = ("documents", "thoughts", "rejected_thoughts", "documents_without_thoughts", "bad_records", "blank_lines", "lines_read")
@@ -50,11 +51,11 @@ def run_augment(config: AugmentConfig, position: float = 0.0) -> Manifest | None
     refuse_inputs_in_output(config.input, output)
     ingredients = Ingredients.of(config)
     plan = make_or_read_plan(config, ingredients.settings(), output)
-    if (output / "manifest.json").is_file():
-        finished = _complete_output(output)
-        if finished is not None:
-            logger.info("%s: finished before, kept", output)
-            return finished
+    complete = complete_output(output)
+    if complete is not None:
+        logger.info("%s: finished before, kept", output)
+        return complete
+    (output / "manifest.json").remove()
     done = _drop_damaged_shards(plan, output)
     if done:
         logger.info("%s: %d of %d shards finished before, kept", output, len(done), len(plan.shards))
@@ -69,30 +70,45 @@ def run_augment(config: AugmentConfig, position: float = 0.0) -> Manifest | None
     return _finish(config, plan, output)
 
 
-def _complete_output(output: Location) -> Manifest | None:
-    """Return the manifest of an output that is complete; None, without it, when some of its files are missing or cut off."""
-    manifest = read_manifest(output / "manifest.json", AUGMENTED)
-    try:
-        check_outputs(manifest, output, checksums=False)
-    except DataError as error:
-        logger.warning("%s", error)
-        (output / "manifest.json").remove()
+def complete_output(output: Location) -> Manifest | None:
+    """Return the manifest of an output that is complete; None where there is none, or where shards that it names are missing or cut off."""
+    if not (output / "manifest.json").is_file():
         return None
-    return manifest
+    manifest = read_manifest(output / "manifest.json", AUGMENTED)
+    return None if _damaged((entry for entry in manifest.outputs), output) else manifest
+
+
+def _damaged(entries: Iterable[FileEntry], output: Location) -> set[str]:
+    """Return the names of shards' data files that are missing or cut off. What lies in `bad/` and `rejected/` is for people, who may clear it."""
+    sizes = (output / "shards").sizes()
+    ours = (entry for entry in entries if entry.name.startswith("shards/"))
+    return {entry.name for entry in ours if sizes.get(entry.name.removeprefix("shards/")) != entry.bytes}
 
 
 def _drop_damaged_shards(plan: Plan, output: Location) -> set[int]:
-    """Return the finished shards; forget those whose files are missing or cut off, so that they are made again."""
+    """Return the finished shards; forget those whose manifest or data is damaged, so that they are made again."""
     finished = finished_shards(output)
-    shards = [plan.shards[number] for number in sorted(finished)]
-    sizes = {f"{folder}/{name}": size for folder in ("shards", "bad", "rejected") for name, size in (output / folder).sizes().items()}
-    for shard, manifest in zip(shards, read_shard_manifests(output, shards), strict=True):
-        damaged = [entry.name for entry in manifest.outputs if sizes.get(entry.name) != entry.bytes]
-        if damaged:
-            logger.warning("%s: missing or cut off; shard %s is made again", output / damaged[0], shard.name)
-            manifest_place(output, shard).remove()
-            finished.discard(shard.number)
+    if finished and max(finished) >= len(plan.shards):
+        raise ConfigError(f"output={output}: holds shard {max(finished)}, and the plan has {len(plan.shards)}; give another output, or remove the folder")
+    manifests = read_shard_manifests(output, [plan.shards[number] for number in sorted(finished)])
+    damaged = _damaged((entry for manifest in manifests.values() for entry in manifest.outputs), output)
+    for number in sorted(finished):
+        manifest = manifests.get(number)
+        if manifest is None or damaged & {entry.name for entry in manifest.outputs}:
+            logger.warning("shard %s: its manifest or its data is missing or damaged; it is made again", plan.shards[number].name)
+            manifest_place(output, plan.shards[number]).remove()
+            finished.discard(number)
+    _refuse_other_plans(plan, output, manifests)
     return finished
+
+
+def _refuse_other_plans(plan: Plan, output: Location, manifests: Mapping[int, Manifest]) -> None:
+    fingerprint = plan.fingerprint()
+    others = [number for number, manifest in manifests.items() if manifest.details.get("plan") != fingerprint]
+    if others:
+        raise DataError(
+            f"{output}: shard {plan.shards[others[0]].name} and {len(others) - 1} more were made by another plan than plan.json; give another output"
+        )
 
 
 def _run_here(config: AugmentConfig, ingredients: Ingredients, plan: Plan, output: Location, done: set[int], position: float) -> None:
@@ -134,10 +150,13 @@ def _work(config: AugmentConfig, position: float, number: int) -> None:
     output = locate(config.output)
     try:
         _run_here(config, Ingredients.of(config), Plan.read(output / "plan.json"), output, set(), position)
-    except TptError as error:
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
         if not isinstance(error, Stopped):
-            logger.error("%s: %s", name, " ".join(str(error).split()))
-        raise SystemExit(error.exit_code) from None
+            logger.error("%s: %s", name, line)
+        raise SystemExit(error.exit_code if isinstance(error, TptError) else 1) from None
 
 
 def _finish(config: AugmentConfig, plan: Plan, output: Location) -> Manifest | None:
@@ -148,13 +167,20 @@ def _finish(config: AugmentConfig, plan: Plan, output: Location) -> Manifest | N
         claims = Claims(output / "claims", config.claim_timeout_s)
         claims.look()
         holders = Counter(claims.holder(shard.number) for shard in missing)
-        held = ", ".join(f"{count} with {holder}" for holder, count in holders.items() if holder)
+        if holders[None]:
+            raise TptError(f"{output}: {holders[None]} of {len(plan.shards)} shards are not finished, and no worker holds them; run the same command again")
+        held = ", ".join(f"{count} with {holder}" for holder, count in holders.items())
         logger.info("%s: %d of %d shards are still at work elsewhere (%s); the last worker completes the output", output, len(missing), len(plan.shards), held)
         return None
-    shards = read_shard_manifests(output, plan.shards)
+    manifests = read_shard_manifests(output, plan.shards)
+    if len(manifests) < len(plan.shards):
+        raise DataError(f"{output}: {len(plan.shards) - len(manifests)} manifests of shards cannot be read; run the same command again, it makes them anew")
+    _refuse_other_plans(plan, output, manifests)
+    shards = [manifests[shard.number] for shard in plan.shards]
     counts = {name: sum(shard.counts[name] for shard in shards) for name in COUNTS}
-    if counts["bad_records"] and not counts["documents"]:
-        raise DataError(f"{output}: none of the {counts['lines_read']} lines of {', '.join(config.input)} gave a document; the reasons are above and in bad/")
+    if not counts["documents"]:
+        reasons = "; the reasons are above and in bad/" if counts["bad_records"] else ""
+        raise DataError(f"{output}: none of the {counts['lines_read']} lines of {', '.join(config.input)} gave a document{reasons}")
     assert counts["lines_read"] == counts["documents"] + counts["bad_records"] + counts["blank_lines"]
     summary = summarise(shards)
     manifest = Manifest(

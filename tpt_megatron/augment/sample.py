@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import tokenizers
@@ -25,7 +26,7 @@ from tpt_megatron.augment.sample_page import render_sample
 from tpt_megatron.augment.shards import ShardReader, Work, open_shard
 from tpt_megatron.augment.statistics import Moments, Statistics
 from tpt_megatron.config.augment import AugmentConfig
-from tpt_megatron.errors import DataError
+from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import read_json
 from tpt_megatron.record_files import encode_json, encode_records, refuse_inputs_in_output
 from tpt_megatron.records import AugmentedDocument
@@ -46,10 +47,12 @@ def run_sample(config: AugmentConfig, documents: int) -> Location:
         raise DataError(f"{', '.join(config.input)}: no usable document among the {documents} that were drawn")
     if len(chosen) < documents:
         logger.warning("%d documents of the %d that were asked for: the others are blank, unusable, or not there", len(chosen), documents)
-    outcomes = asyncio.run(_think(ingredients.generators(), chosen))
+    thought_about = asyncio.run(_think(ingredients.generators(), chosen))
+    if not thought_about:
+        raise DataError(f"{', '.join(config.input)}: none of the {len(chosen)} documents that were drawn could be thought about; the reasons are above")
     statistics, pairs = Statistics(), []
     counter = next(iter(ingredients.tokenizers.values()), None)  # the first generator's counts documents
-    for work, outcome in zip(chosen, outcomes, strict=True):
+    for work, outcome in thought_about:
         document = work.given.document
         statistics.add(document, outcome, difficulty=None, document_tokens=None if counter is None else _tokens(counter, document.text))
         pairs.append((AugmentedDocument(document, work.given.thoughts + outcome.thoughts), outcome))
@@ -69,7 +72,7 @@ def run_estimate(config: AugmentConfig) -> Table:
 def make_estimate(config: AugmentConfig) -> Estimate:
     """Return the estimate that `run_estimate` shows."""
     output, ingredients, plan = _prepare(config)
-    documents = sum(shard.count for shard in plan.shards)
+    documents = plan.records
     place = output / "sample/statistics.json"
     if place.is_file():
         sample = read_json(place)
@@ -107,14 +110,20 @@ def _draw(config: AugmentConfig, plan: Plan, documents: int) -> Iterator[Work]:
     reader.close()
 
 
-async def _think(generators: list[Generator], works: list[Work]) -> list[Outcome]:
-    async def one(work: Work) -> Outcome:
-        return Outcome.joined(await all_or_none([generator.think(work.given.document, work.row.where) for generator in generators]))
+async def _think(generators: list[Generator], works: list[Work]) -> list[tuple[Work, Outcome]]:
+    """Return what came of each document; one whose record lacks what a generator needs is left out, as a run sets it aside."""
+
+    async def one(work: Work) -> tuple[Work, Outcome] | None:
+        try:
+            return work, Outcome.joined(await all_or_none([generator.think(work.given.document, work.row.where) for generator in generators]))
+        except RecordError as error:
+            logger.warning("%s; left out of the sample", error)
+            return None
 
     try:
         for generator in generators:
             await generator.open()
-        return await all_or_none([one(work) for work in works])
+        return [found for found in await all_or_none([one(work) for work in works]) if found is not None]
     finally:
         for generator in generators:
             await generator.close()
@@ -137,8 +146,9 @@ def _from_settings(config: AugmentConfig, ingredients: Ingredients, plan: Plan) 
         document.add(_tokens(counter, given.text))
         for excerpt in excerpts:
             for prompt in ingredients.prompts:
-                messages = prompt.render(given, excerpt, fields_by_variable(config), config.seed, work.row.where)
-                shown.add(sum(_tokens(counter, message["content"]) for message in messages))
+                with suppress(RecordError):  # a run sets it aside
+                    messages = prompt.render(given, excerpt, fields_by_variable(config), config.seed, work.row.where)
+                    shown.add(sum(_tokens(counter, message["content"]) for message in messages))
     return planned(
         config.cost,
         requests=asked.mean or 0.0,

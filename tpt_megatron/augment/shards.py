@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Work:
 
 @dataclass(slots=True)
 class OpenShard:
-    """A claimed shard in memory: its documents in order, its bad records, and what is not journalled yet."""
+    """A claimed shard in memory, of about `size` bytes: its documents in order, its bad records, and what is not journalled yet."""
 
     shard: Shard
     claim: Claim
@@ -61,6 +62,7 @@ class OpenShard:
     settled: int = 0
     unsaved: list[int] = field(default_factory=list)
     parts: int = 0
+    size: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     began: float = field(default_factory=time.time)
 
@@ -134,37 +136,42 @@ def open_shard(shard: Shard, claim: Claim, rows: list[Row], names: FieldNames) -
         try:
             given = read_augmented(row.parse(), row.where, names)
             try:
-                encode_json(given.document.extra)
+                encode_json((given.document.extra, [thought_to_record(thought) for thought in given.thoughts]))
             except TypeError as error:  # what orjson raises, for depth too
                 raise RecordError(row.where, f"cannot be written as JSON: {error}") from None
         except RecordError as error:
             opened.bad.append((row.line(), error))
         else:
             opened.works.append(Work(row, given))
+            opened.size += sys.getsizeof(row.content) + sys.getsizeof(given.document.text)
     return opened
 
 
 class Journal:
     """What is finished of unfinished shards: small files, each written once, so that any store will do."""
 
-    def __init__(self, folder: Location, worker: str) -> None:
+    def __init__(self, folder: Location, plan: Plan, worker: str) -> None:
         self._folder = folder
+        self._plan = plan.fingerprint()
         self._worker = worker
 
     def save(self, opened: OpenShard) -> None:
-        """Write what was finished since the last time."""
-        numbers, opened.unsaved = opened.unsaved, []
+        """Write what was finished since the last time. What could not be written is tried again the next time."""
+        numbers = list(opened.unsaved)
         if not numbers:
             return
         lines = b"".join(encode_json(_to_entry(number, opened.works[number])) + b"\n" for number in numbers)
-        place = self._folder / opened.shard.name / f"{self._worker}-{opened.parts:04d}.jsonl.zst"
-        opened.parts += 1
+        place = self._folder / opened.shard.name / f"{self._plan}-{self._worker}-{opened.parts:04d}.jsonl.zst"
         place.write(zstandard.ZstdCompressor(level=1).compress(lines))
+        opened.parts += 1
+        del opened.unsaved[: len(numbers)]
 
     def restore(self, opened: OpenShard) -> None:
-        """Fill in what earlier workers finished of this shard. An entry of another document, or a damaged one, is left out."""
+        """Fill in what earlier workers finished of this shard. An entry of another plan or document, or a damaged one, is left out."""
         folder = self._folder / opened.shard.name
         for name in folder.names():
+            if not name.startswith(f"{self._plan}-"):
+                continue
             try:
                 lines = zstandard.ZstdDecompressor().decompress((folder / name).read_bytes(), max_output_size=1 << 31).splitlines()
                 entries = [orjson.loads(line) for line in lines]
@@ -224,6 +231,7 @@ class ShardWriter:
         self._output = output
         self._worker = worker
         self._plan = plan
+        self._fingerprint = plan.fingerprint()
         self._kind: Format = kind
         self._keep_rejected = keep_rejected
         self._difficulty_field = difficulty_field
@@ -263,7 +271,7 @@ class ShardWriter:
                 difficulty = None if self._difficulty_field is None else document.extra.get(self._difficulty_field)
                 statistics.add(document, work.outcome, difficulty=None if difficulty is None else str(difficulty), document_tokens=None)
         shard = opened.shard
-        span = {"worker": self._worker, "began": opened.began, "ended": time.time()}
+        span = {"plan": self._fingerprint, "worker": self._worker, "began": opened.began, "ended": time.time()}
         return Manifest(
             kind=SHARD_KIND,
             settings={},
@@ -295,7 +303,8 @@ def manifest_place(output: Location, shard: Shard) -> Location:
 def finished_shards(output: Location) -> set[int]:
     """Return the numbers of the shards that have their manifest."""
     ending = ".manifest.json"
-    return {int(name.removesuffix(ending)) for name in (output / "shards").names() if name.endswith(ending)}
+    numbers = (name.removesuffix(ending) for name in (output / "shards").names() if name.endswith(ending))
+    return {int(number) for number in numbers if number.isdigit()}
 
 
 def read_shard_manifest(output: Location, shard: Shard) -> Manifest:
@@ -303,7 +312,15 @@ def read_shard_manifest(output: Location, shard: Shard) -> Manifest:
     return read_manifest(manifest_place(output, shard), SHARD_KIND)
 
 
-def read_shard_manifests(output: Location, shards: Iterable[Shard]) -> list[Manifest]:
-    """Read the manifests of finished shards, many at once, since a store takes its time for each."""
+def read_shard_manifests(output: Location, shards: Sequence[Shard]) -> dict[int, Manifest]:
+    """Read the manifests of finished shards, by number, many at once, since a store takes its time for each; without those that are damaged."""
+
+    def read(shard: Shard) -> Manifest | None:
+        try:
+            return read_shard_manifest(output, shard)
+        except DataError:
+            return None
+
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda shard: read_shard_manifest(output, shard), shards))
+        read_ones = zip(shards, pool.map(read, shards), strict=True)
+        return {shard.number: manifest for shard, manifest in read_ones if manifest is not None}

@@ -12,12 +12,12 @@ import shutil
 
 from tpt_megatron.augment.generators import Ingredients
 from tpt_megatron.augment.plan import make_or_read_plan
+from tpt_megatron.augment.runner import complete_output
 from tpt_megatron.augment.shards import finished_shards
 from tpt_megatron.config.augment import AugmentConfig
-from tpt_megatron.errors import DataError, MachineError, UsageError
-from tpt_megatron.files import AUGMENTED, check_outputs, read_manifest
+from tpt_megatron.errors import MachineError, UsageError
 from tpt_megatron.record_files import refuse_inputs_in_output
-from tpt_megatron.storage import Location, locate
+from tpt_megatron.storage import locate
 
 
 def submit(config: AugmentConfig) -> str:
@@ -42,21 +42,10 @@ def submit(config: AugmentConfig) -> str:
     output = locate(config.output)
     refuse_inputs_in_output(config.input, output)
     plan = make_or_read_plan(config, Ingredients.of(config).settings(), output)
-    if _is_complete(output):
+    if complete_output(output) is not None:
         return f"{output}: finished before, kept; nothing was submitted"
     left = len(plan.shards) - len(finished_shards(output))
     workers = max(1, min(slurm.tasks, left))
     array = SlurmArray(config, slurm, workers)
     array.launch_job()
     return f"Slurm job {array.job_id}: {workers} workers for {left} of {len(plan.shards)} shards of {output}; logs: {slurm.logs}/{array.job_id}_*.out"
-
-
-def _is_complete(output: Location) -> bool:
-    """Say whether there is nothing left to do. A worker makes again what is damaged."""
-    if not (output / "manifest.json").is_file():
-        return False
-    try:
-        check_outputs(read_manifest(output / "manifest.json", AUGMENTED), output, checksums=False)
-    except DataError:
-        return False
-    return True

@@ -33,7 +33,7 @@ from tpt_megatron.augment.runner import run_augment
 from tpt_megatron.config.augment import AugmentConfig, Slurm
 from tpt_megatron.errors import MachineError, Stopped, TptError
 from tpt_megatron.log import set_up_logging
-from tpt_megatron.storage import locate, remote_errors
+from tpt_megatron.storage import explain, locate
 
 _MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
 
@@ -115,19 +115,14 @@ class ArrayWorker:
                     "inputs and output must lie on a disk that all nodes share, or in object storage"
                 )
             run_augment(self.config, rank / world_size)
-        except TptError as error:
-            _fail(error, error.exit_code)
-        except Exception as error:  # noqa: BLE001  (what is no word of the system or of a store is a bug of ours: its traceback is printed)
-            if not isinstance(error, (OSError, *remote_errors())):
+        except Exception as error:  # noqa: BLE001  (none leaves, see above)
+            line = explain(error)
+            if line is None:
                 traceback.print_exc()
-                raise SystemExit(1) from None
-            _fail(error, 1)
+            else:
+                print(f"tpt: {line}", file=sys.stderr)
+            raise SystemExit(error.exit_code if isinstance(error, TptError) else 1) from None
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
-
-
-def _fail(error: Exception, exit_code: int) -> None:
-    print(f"tpt: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(exit_code) from None

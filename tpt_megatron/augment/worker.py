@@ -20,17 +20,19 @@ from tpt_megatron.augment.claims import Claim, Claims
 from tpt_megatron.augment.generators import Generator, all_or_none
 from tpt_megatron.augment.outcome import Outcome
 from tpt_megatron.augment.plan import Plan, Shard
+from tpt_megatron.augment.processes import SAME_SIGNAL_S
 from tpt_megatron.augment.shards import Journal, OpenShard, ShardReader, ShardWriter, finished_shards, manifest_place, open_shard
 from tpt_megatron.config.augment import AugmentConfig
-from tpt_megatron.errors import RecordError, Stopped
+from tpt_megatron.errors import ConfigError, RecordError, Stopped
 from tpt_megatron.log import Bar
-from tpt_megatron.storage import Location
+from tpt_megatron.storage import Location, explain
 
 logger = logging.getLogger(__name__)
 OPEN_SHARDS = 8
+OPEN_BYTES = 64_000_000
+"""What open shards may take together before another is opened; one that is larger is open alone."""
+SAVING_ATTEMPTS = 5
 WARNINGS_SHOWN = 10
-SAME_SIGNAL_S = 2.0
-"""Ctrl-C and Slurm signal a whole group of processes, and a parent its workers too: what comes so close together is one signal."""
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class Worker:
         start = int(position * len(plan.shards))
         self._order = [*plan.shards[start:], *plan.shards[:start]]
         self._claims = Claims(output / "claims", config.claim_timeout_s)
-        self._journal = Journal(output / "journal", self._claims.owner.worker)
+        self._journal = Journal(output / "journal", plan, self._claims.owner.worker)
         self._reader = ShardReader(plan, int(config.max_record_megabytes * 1e6))
         self._writer = ShardWriter(
             output,
@@ -95,6 +97,7 @@ class Worker:
             background: list[asyncio.Task[None]] = []
             try:
                 await self._open_generators()
+                await asyncio.to_thread(self._check_plan)
                 self._began = asyncio.get_running_loop().time()
                 for seconds, action in ((self._config.claim_timeout_s / 4, self._renew), (self._config.flush_s, self._save), (2.0, self._show)):
                     background.append(asyncio.create_task(self._every(seconds, action)))
@@ -107,11 +110,16 @@ class Worker:
                 await self._give_up_the_rest()
                 self._reader.close()
                 for generator in self._generators:
-                    await generator.close()
+                    await _in_any_case(generator.close())
         if self._failure is not None:
             raise self._failure
         if self._stopping:
             raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+
+    def _check_plan(self) -> None:
+        """Refuse to begin by a plan that another command has made anew meanwhile: a server may take long to start."""
+        if (self._output / "plan.json").read_bytes() != self._plan.to_bytes():
+            raise ConfigError(f"output={self._output}: was planned anew by another command meanwhile, with other settings or inputs; run this one again")
 
     @property
     def _halted(self) -> bool:
@@ -141,7 +149,7 @@ class Worker:
     async def _take_shards(self) -> None:
         """Claim shards and start their documents, as many at once as the generators have room for."""
         while not self._halted:
-            while len(self._open) >= OPEN_SHARDS and not self._halted:
+            while not self._has_room_for_a_shard() and not self._halted:
                 await self._wait()
             opened = None if self._halted else await self._next_shard()
             if opened is None:
@@ -151,7 +159,12 @@ class Worker:
                     await self._wait()
                 if self._halted:
                     return
+                if self._open.get(opened.shard.number) is not opened:  # taken over by another worker
+                    break
                 self._start(opened, number)
+
+    def _has_room_for_a_shard(self) -> bool:
+        return not self._open or (len(self._open) < OPEN_SHARDS and sum(opened.size for opened in self._open.values()) < OPEN_BYTES)
 
     def _room(self) -> int:
         """How many documents to have under way: what the generators can take, and some that wait for it."""
@@ -262,13 +275,19 @@ class Worker:
         await asyncio.to_thread(self._claims.forget, opened.shard.number)
 
     async def _every(self, seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+        failures = 0
         while True:
             await asyncio.sleep(seconds)
             try:
                 await action()
-            except Exception as error:  # noqa: BLE001  (the first failure of any part ends the work; it is raised again by run)
-                self._failure = self._failure or error
-                self._changed.set()
+                failures = 0
+            except Exception as error:  # noqa: BLE001  (a bug or a store that is gone ends the work; it is raised again by run)
+                failures += 1
+                if explain(error) is None or failures >= SAVING_ATTEMPTS:
+                    self._failure = self._failure or error
+                    self._changed.set()
+                else:
+                    logger.warning("%s; it is tried again", explain(error))
 
     async def _show(self) -> None:
         """Say behind the bar how fast this worker is."""
@@ -312,8 +331,8 @@ class Worker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for opened in list(self._open.values()):
-            await asyncio.to_thread(self._journal.save, opened)
-            await asyncio.to_thread(self._claims.release, opened.claim)
+            await _in_any_case(asyncio.to_thread(self._journal.save, opened))
+            await _in_any_case(asyncio.to_thread(self._claims.release, opened.claim))
         self._open.clear()
 
     @contextmanager
@@ -338,3 +357,11 @@ class Worker:
         elif not self._stopping:
             self._stopping, self._stopped_at = True, now
         self._changed.set()
+
+
+async def _in_any_case(step: Awaitable[None]) -> None:
+    """Do one step of cleaning up; its failure is logged, so that the steps after it happen and the first failure is the one that is told."""
+    try:
+        await step
+    except Exception as error:
+        logger.warning("while ending: %s", explain(error) or repr(error), exc_info=explain(error) is None)

@@ -317,9 +317,13 @@ class AugmentConfig(Config):
 
     @model_validator(mode="after")
     def _thoughts_are_not_the_document(self) -> Self:
+        taken = (self.fields.text, self.fields.id, self.fields.source, "thoughts")
         for generator in self.generator:
-            if isinstance(generator, FieldGenerator) and generator.field in (self.fields.text, self.fields.id, self.fields.source):
-                raise ValueError(f"generator.field={generator.field!r} is already the document's own text, id or source; name the field that holds the thought")
+            if isinstance(generator, FieldGenerator) and generator.field in taken:
+                raise ValueError(
+                    f"generator.field={generator.field!r} is already the document's own text, id, source or list of thoughts; "
+                    "name the field that holds the thought"
+                )
         return self
 
     @model_validator(mode="after")

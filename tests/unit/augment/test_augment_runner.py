@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpt_megatron.augment import shards
+from tpt_megatron.augment.generators import Ingredients
+from tpt_megatron.augment.plan import make_or_read_plan
 from tpt_megatron.augment.runner import run_augment
+from tpt_megatron.augment.worker import Worker
 from tpt_megatron.bad_records import BadRecords, LineCounts, read_records
 from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.errors import ConfigError, DataError
 from tpt_megatron.files import check_outputs, read_lines, read_manifest
 from tpt_megatron.record_files import expand_inputs
 from tpt_megatron.records import AugmentedDocument, read_augmented
+from tpt_megatron.storage import locate
 
 
 def write(path: Path, *records: dict[str, Any]) -> None:
@@ -151,6 +156,69 @@ def test_a_cut_off_shard_is_made_again(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-10])
     assert run_augment(config(tmp_path)) is not None
     assert data_files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"kind": "augm', b"[]"])
+def test_a_damaged_manifest_of_a_shard_has_it_made_again(tmp_path: Path, damage: bytes) -> None:
+    two_inputs(tmp_path)
+    run_augment(config(tmp_path))
+    before = data_files(tmp_path / "out")
+    (tmp_path / "out/manifest.json").unlink()
+    (tmp_path / "out/shards/00000.manifest.json").write_bytes(damage)
+    assert run_augment(config(tmp_path)) is not None
+    assert data_files(tmp_path / "out") == before
+
+
+def test_what_is_for_reading_can_be_cleared_without_making_shards_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in/a.jsonl", {"text": "one", "mind": "fine"}, {"text": "two", "mind": "a <think> inside"}, {"text": 3})
+    first = run_augment(config(tmp_path))
+    for folder in ("rejected", "bad"):
+        shutil.rmtree(tmp_path / "out" / folder)
+    monkeypatch.setattr(shards.ShardWriter, "commit", lambda *_: pytest.fail("a finished shard was made again"))
+    assert run_augment(config(tmp_path)) == first
+    (tmp_path / "out/manifest.json").unlink()
+    again = run_augment(config(tmp_path))
+    assert again is not None
+    assert first is not None
+    assert again.counts == first.counts
+
+
+def test_one_file_by_two_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    manifest = run_augment(config(tmp_path, input=["in/a.jsonl", str(tmp_path / "in/a.jsonl"), "in/../in/a.jsonl"]))
+    assert manifest is not None
+    assert manifest.counts["documents"] == 1
+
+
+def test_a_plan_that_was_made_anew_while_a_worker_got_ready_is_not_worked_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may wait long for its server. Another command on the same output, with more input by then, must not mix with it."""
+    two_inputs(tmp_path)
+    original = Worker._open_generators
+
+    async def slowly(self: Worker) -> None:
+        monkeypatch.setattr(Worker, "_open_generators", original)
+        write(tmp_path / "in/c.jsonl", {"text": "more", "mind": "m"})
+        later = config(tmp_path)
+        make_or_read_plan(later, Ingredients.of(later).settings(), locate(later.output))
+        await original(self)
+
+    monkeypatch.setattr(Worker, "_open_generators", slowly)
+    with pytest.raises(ConfigError, match="was planned anew by another command meanwhile"):
+        run_augment(config(tmp_path))
+    manifest = run_augment(config(tmp_path))
+    assert manifest is not None
+    assert manifest.counts["documents"] == 4
+
+
+def test_shards_of_another_plan_are_never_taken_for_this_ones(tmp_path: Path) -> None:
+    two_inputs(tmp_path)
+    run_augment(config(tmp_path))
+    (tmp_path / "out/manifest.json").unlink()
+    path = tmp_path / "out/shards/00001.manifest.json"
+    path.write_text(path.read_text().replace('"plan": "', '"plan": "0'))
+    with pytest.raises(DataError, match=r"shard 00001 and 0 more were made by another plan"):
+        run_augment(config(tmp_path))
 
 
 def test_an_output_of_other_settings_or_inputs_is_refused(tmp_path: Path) -> None:

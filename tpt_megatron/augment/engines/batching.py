@@ -70,7 +70,7 @@ class Batcher(Generic[Kind, Item, Result]):
 
     async def _serve(self, batch: list[_Waiting[Kind, Item, Result]]) -> None:
         def is_abandoned() -> bool:
-            return self._closed or all(entry.result.cancelled() for entry in batch)
+            return all(entry.result.cancelled() for entry in batch)
 
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch[0].kind, [entry.item for entry in batch], is_abandoned)
         try:
