@@ -152,6 +152,8 @@ def test_a_server_that_is_gone_for_thirty_seconds_costs_no_document(tmp_path: Pa
             server.start()
             _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
+        assert "1 of 1 servers do not answer, and are tried again" in err
+        assert "all servers answer again" in err
     outputs = list(output_of(tmp_path / "out"))
     assert [augmented.document.id for augmented in outputs] == [str(i) for i in range(4000)]
     assert all(len(augmented.thoughts) == 1 for augmented in outputs)

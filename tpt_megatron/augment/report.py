@@ -7,14 +7,12 @@ import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpt_megatron import __version__
 from tpt_megatron.augment.statistics import BINS_PER_DOUBLING, Group, Histogram, Statistics, quantity, spent
 from tpt_megatron.config.augment import Cost
 from tpt_megatron.errors import MachineError
-from tpt_megatron.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,20 +23,6 @@ MAXIMUM_LABEL = 36
 BLUE, RED, GREY = "#2a7fb8", "#d1495b", "#4c566a"
 
 Rows = list[tuple[str, str]]
-
-
-def write_report(
-    path: Path,
-    statistics: Statistics,
-    *,
-    title: str,
-    progress: tuple[int, int],
-    settings: Mapping[str, Any],
-    cost: Cost,
-    elapsed_s: float | None,
-) -> None:
-    """Write `render_report`'s page to `path`, atomically. Raises what it raises."""
-    write_text(path, render_report(statistics, title=title, progress=progress, settings=settings, cost=cost, elapsed_s=elapsed_s))
 
 
 def render_report(

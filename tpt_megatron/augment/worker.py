@@ -77,6 +77,7 @@ class Worker:
             difficulty_field=config.difficulty_field,
         )
         self._began = 0.0
+        self._is_any_silent = False
         self._has_looked = False
         self._candidates: Iterator[Shard] = iter(())
         self._open: dict[int, OpenShard] = {}
@@ -297,7 +298,18 @@ class Worker:
             said.append(f"{progress.generated_tokens / seconds:,.0f} tokens/s")
         if progress.rejected:
             said.append(f"{progress.rejected.total():,} rejected")
+        servers = [server for generator in self._generators for server in generator.notes().get("servers", ())]
+        silent = [server for server in servers if server["resting"]]
+        if silent:
+            said.append(f"{len(silent)} of {len(servers)} servers do not answer")
         self._bar.say(", ".join(said))
+        if bool(silent) != self._is_any_silent:
+            self._is_any_silent = bool(silent)
+            if silent:
+                why = "; ".join(f"{server['url']}: {server['last_error']}" for server in silent)
+                logger.warning("%d of %d servers do not answer, and are tried again (%s)", len(silent), len(servers), why)
+            else:
+                logger.info("all servers answer again")
 
     async def _save(self) -> None:
         for opened in list(self._open.values()):

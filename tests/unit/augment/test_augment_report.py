@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ pytest.importorskip("jinja2")
 from rich.console import Console
 
 from tpt_megatron.augment.outcome import Outcome, Rejection
-from tpt_megatron.augment.report import render_report, terminal_summary, write_report
+from tpt_megatron.augment.report import render_report, terminal_summary
 from tpt_megatron.augment.statistics import Statistics
 from tpt_megatron.config.augment import Cost
 from tpt_megatron.errors import MachineError
@@ -44,10 +43,9 @@ def printed(table: object) -> str:
     return capture.get()
 
 
-def test_report_stands_alone_and_says_what_it_must(tmp_path: Path) -> None:
+def test_report_stands_alone_and_says_what_it_must() -> None:
     settings = {"prompts": "expert", "unset": None}
-    write_report(tmp_path / "r.html", made(), title="A <run>", progress=(3, 4), settings=settings, cost=PRICED, elapsed_s=1800)
-    html = (tmp_path / "r.html").read_text()
+    html = render_report(made(), title="A <run>", progress=(3, 4), settings=settings, cost=PRICED, elapsed_s=1800)
     assert "A &lt;run&gt;" in html
     assert "3 of 4 shards finished (75.0%)" in html
     assert html.count("<svg") == 5  # histogram, source, difficulty, generator and prompt, rejections
