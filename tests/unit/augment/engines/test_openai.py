@@ -393,9 +393,8 @@ def test_requests_that_may_still_be_answered_are_no_outage() -> None:
         async with opened(config(url, outage_limit_s=1, attempts=1)) as engine:
             return await asyncio.gather(ask(engine, "slow"), ask(engine, "poison"))
 
-    with running_server(
-        script=[{"fault": "loop", "match": "slow", "delay_ms": 3000}, {"fault": "status", "match": "poison", "retry_after": "1", "next": 2}]
-    ) as server:
+    slowly = {"fault": "loop", "match": "slow", "delay_ms": 3000}
+    with running_server(script=[slowly, {"fault": "status", "status": 503, "match": "poison", "retry_after": "1", "next": 2}]) as server:
         slow, poison = asyncio.run(main(server.url))
     assert slow.attempts == 1 and poison.attempts == 3
 
