@@ -159,18 +159,27 @@ def _work(config: AugmentConfig, position: float, number: int) -> None:
         raise SystemExit(error.exit_code if isinstance(error, TptError) else 1) from None
 
 
+def _unfinished(config: AugmentConfig, plan: Plan, output: Location) -> Counter[str | None]:
+    """Return how many shards are not finished, by who holds them (None: nobody who may be alive)."""
+    claims = Claims(output / "claims", config.claim_timeout_s)
+    claims.look()
+    finished = finished_shards(output)
+    holders = {shard.number: claims.holder(shard.number) for shard in plan.shards if shard.number not in finished}
+    if holders:  # one that was finished meanwhile has no claim any more
+        finished = finished_shards(output)
+    return Counter(holder for number, holder in holders.items() if number not in finished)
+
+
 def _finish(config: AugmentConfig, plan: Plan, output: Location) -> Manifest | None:
     """Complete an output of which every shard is there; None, with a line that says who holds the rest, otherwise."""
-    finished = finished_shards(output)
-    missing = [shard for shard in plan.shards if shard.number not in finished]
-    if missing:
-        claims = Claims(output / "claims", config.claim_timeout_s)
-        claims.look()
-        holders = Counter(claims.holder(shard.number) for shard in missing)
-        if holders[None]:
-            raise TptError(f"{output}: {holders[None]} of {len(plan.shards)} shards are not finished, and no worker holds them; run the same command again")
+    holders = _unfinished(config, plan, output)
+    if holders[None]:
+        raise TptError(f"{output}: {holders[None]} of {len(plan.shards)} shards are not finished, and no worker holds them; run the same command again")
+    if holders:
         held = ", ".join(f"{count} with {holder}" for holder, count in holders.items())
-        logger.info("%s: %d of %d shards are still at work elsewhere (%s); the last worker completes the output", output, len(missing), len(plan.shards), held)
+        logger.info(
+            "%s: %d of %d shards are still at work elsewhere (%s); the last worker completes the output", output, holders.total(), len(plan.shards), held
+        )
         return None
     manifests = read_shard_manifests(output, plan.shards)
     if len(manifests) < len(plan.shards):
