@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+    raise Stopped
 
 
 def _version(asked: bool) -> None:

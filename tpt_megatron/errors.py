@@ -64,3 +64,6 @@ class Stopped(TptError):  # noqa: N818 - no error: the work is saved
     """A signal asked the run to stop; everything finished was saved."""
 
     exit_code: ClassVar[int] = 3
+
+    def __init__(self, message: str = "stopped by a signal; what was finished is kept, run the same command again to continue") -> None:
+        super().__init__(message)

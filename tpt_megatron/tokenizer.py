@@ -82,16 +82,20 @@ def load_tokenizer(name: str, end_of_document: str) -> Tokenizer:
     """
     if name == BYTE_LEVEL:
         return Tokenizer(_byte_level(end_of_document), end_of_document)
+    return Tokenizer(read_tokenizer_json(name, "give 'byte', a tokenizer.json, or a folder that holds one"), end_of_document)
+
+
+def read_tokenizer_json(name: str, hint: str) -> tokenizers.Tokenizer:
+    """Read a `tokenizer.json`, or that of a folder. ConfigError, with `hint`, when there is none; DataError when it is damaged."""
     path = Path(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise ConfigError(f"tokenizer={name!r}: no such file; give 'byte', a tokenizer.json, or a folder that holds one")
+        raise ConfigError(f"tokenizer={name!r}: no such file; {hint}")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001  (the Rust library raises nothing narrower, for every kind of damage)
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
-    return Tokenizer(backend, end_of_document)
 
 
 def _byte_level(end_of_document: str) -> tokenizers.Tokenizer:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
 import tokenizers
 
 from tpt_megatron.config.augment import Chunks
-from tpt_megatron.errors import ConfigError, DataError
+from tpt_megatron.errors import ConfigError
+from tpt_megatron.tokenizer import read_tokenizer_json
 
 _CHARACTERS_PER_TOKEN = 5  # first guess of how much text fills a limit; doubled until it does
 _SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]]*(?=\s)|[\u3002\uff01\uff1f\uff0e]+[\u300d\u300f\u2019\u201d\uff09]*")
@@ -39,15 +39,7 @@ def load_counting_tokenizer(name: str) -> tokenizers.Tokenizer:
 
     Raises ConfigError when `name` stands for nothing, DataError when the file is damaged.
     """
-    path = Path(name)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(f"tokenizer={name!r}: no such file; give the generating model's tokenizer.json, or the folder that holds it")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  (the Rust library raises nothing narrower, for every kind of damage)
-        raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer = read_tokenizer_json(name, "give the generating model's tokenizer.json, or the folder that holds it")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # "<|im_end|>" in a document is text

@@ -56,7 +56,7 @@ class WorkerProcesses:
     def check(self) -> None:
         """Raise Stopped after a signal to this process or to one of them, and TptError when one failed or was killed by itself."""
         if self._stopped:
-            raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+            raise Stopped
         by_themselves_first = sorted(self._processes, key=lambda process: process.name in self._asked)
         for process in by_themselves_first:
             if process.exitcode == Stopped.exit_code:

@@ -125,4 +125,4 @@ class ArrayWorker:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+    raise Stopped

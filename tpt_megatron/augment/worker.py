@@ -115,7 +115,7 @@ class Worker:
         if self._failure is not None:
             raise self._failure
         if self._stopping:
-            raise Stopped("stopped by a signal; what was finished is kept, run the same command again to continue")
+            raise Stopped
 
     def _check_plan(self) -> None:
         """Refuse to begin by a plan that another command has made anew meanwhile: a server may take long to start."""
