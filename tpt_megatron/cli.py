@@ -112,13 +112,25 @@ def augment(
 
 @app.command(epilog=_keys("preprocess"))
 def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
-    """Turn augmented documents into Megatron token datasets, one an arm."""
-    from tpt_megatron.config.load import load_config
-    from tpt_megatron.config.preprocess import PreprocessConfig
-    from tpt_megatron.preprocess.runner import run_preprocess
+    """Turn augmented documents into Megatron token datasets, one an arm. Run it again to continue.
 
-    loaded = load_config(PreprocessConfig, config, overrides or ())
-    for prefix, manifest in run_preprocess(loaded).items():
+    Over many machines: shard=3/64 does the third of 64 parts, and `tpt preprocess merge OUTPUT [FOLDER]...` joins what they made in OUTPUT, and
+    in the outputs FOLDER of machines that share no disk.
+    """
+    if config == "merge":
+        from tpt_megatron.errors import UsageError
+        from tpt_megatron.preprocess.runner import merge
+
+        if not overrides:
+            raise UsageError("tpt preprocess merge needs the output folder of the shards: tpt preprocess merge OUTPUT [FOLDER]...")
+        manifests = merge(Path(overrides[0]), [Path(folder) for folder in overrides[1:]])
+    else:
+        from tpt_megatron.config.load import load_config
+        from tpt_megatron.config.preprocess import PreprocessConfig
+        from tpt_megatron.preprocess.runner import run_preprocess
+
+        manifests = run_preprocess(load_config(PreprocessConfig, config, overrides or ()))
+    for prefix, manifest in manifests.items():
         _print_counts(prefix, manifest.counts)
 
 

@@ -8,8 +8,13 @@
     n int32   tokens of each sequence      n int64  byte at which each begins in .bin
     m int64   boundaries of documents, counted in sequences: 0, ..., n
 
-Datasets made by `tpt preprocess` have one sequence a document, and sidecars: `PREFIX.parts.bin` (one uint8 a token, see
-PART_DOCUMENT and PART_THINKING), `PREFIX.documents.parquet`, `PREFIX.tokenizer.json` and `PREFIX.manifest.json`.
+Datasets made by `tpt preprocess` have one sequence a document (or one a thought, where thoughts are samples), and sidecars:
+
+    PREFIX.parts.bin          one uint8 a token, PART_DOCUMENT or PART_THINKING
+    PREFIX.sources.bin        one uint16 a sequence: which of the manifest's `details.sources` it came from
+    PREFIX.documents.parquet  one row a sequence, see DOCUMENT_COLUMNS
+    PREFIX.tokenizer.json     the tokenizer (PREFIX.tokenizer.model for SentencePiece)
+    PREFIX.manifest.json      settings, inputs, counts, checksums; written last
 """
 
 from __future__ import annotations
@@ -28,6 +33,11 @@ from tpt_megatron.files import check_outputs, read_manifest
 MANIFEST_KIND = "token_dataset"
 PART_DOCUMENT = 0
 PART_THINKING = 1
+
+DOCUMENT_COLUMNS = ("id", "sample", "source", "generator", "tokens_document", "tokens_thinking", "offset")
+"""id; which of the document's samples (0 but where thoughts are samples); source and generator (null where none); tokens by part,
+the end-of-document token among the document's; offset: the token of the whole dataset at which the sequence begins."""
+SOURCE_DTYPE = np.dtype(np.uint16)
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1

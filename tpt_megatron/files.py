@@ -165,7 +165,8 @@ def is_compressed(name: str) -> bool:
     return name.endswith((".gz", ".zst"))
 
 
-def _decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
+    """Return the stream of a file's bytes as they were before a compression that its name tells."""
     if name.endswith(".gz"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
     if name.endswith(".zst"):
@@ -190,29 +191,35 @@ def stream_lines(path: Place, *, offset: int = 0, longest: int | None = None, pr
     comes, one or two bytes more than `longest`, and the rest is passed over without being held.
     """
     place, number, reported = locate(path), 0, 0
+    with reading(place, lambda: number), place.open() as file:
+        if offset:
+            file.seek(offset)
+        stream = decompressed(file, place.name)
+        while line := stream.readline(-1 if longest is None else longest + 2):
+            number += 1
+            length = len(line)
+            if longest is not None and length == longest + 2 and not line.endswith(b"\n"):
+                length += _pass_over(stream)
+                yield line, length
+            else:
+                yield line.removeprefix(codecs.BOM_UTF8 if number == 1 and not offset else b"").rstrip(b"\r\n"), length
+            if progress is not None and number % 256 == 0:
+                at = file.tell()
+                progress(at - reported)
+                reported = at
+
+
+@contextmanager
+def reading(place: Location, lines: Callable[[], int]) -> Iterator[None]:
+    """Turn what goes wrong while a file of lines is read into a DataError that says after which line (`lines()`)."""
     try:
-        with place.open() as file:
-            if offset:
-                file.seek(offset)
-            stream = _decompressed(file, place.name)
-            while line := stream.readline(-1 if longest is None else longest + 2):
-                number += 1
-                length = len(line)
-                if longest is not None and length == longest + 2 and not line.endswith(b"\n"):
-                    length += _pass_over(stream)
-                    yield line, length
-                else:
-                    yield line.removeprefix(codecs.BOM_UTF8 if number == 1 and not offset else b"").rstrip(b"\r\n"), length
-                if progress is not None and number % 256 == 0:
-                    at = file.tell()
-                    progress(at - reported)
-                    reported = at
+        yield
     except FileNotFoundError:
         raise DataError(f"{place}: no such file") from None
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{place}: the compressed file is damaged or cut off after line {number} ({error})") from None
+        raise DataError(f"{place}: the compressed file is damaged or cut off after line {lines()} ({error})") from None
     except OSError as error:
-        raise DataError(f"{place}: cannot be read after line {number}: {error.strerror or error}") from None
+        raise DataError(f"{place}: cannot be read after line {lines()}: {error.strerror or error}") from None
 
 
 def _pass_over(stream: IO[bytes]) -> int:

@@ -154,12 +154,13 @@ def read_rows(
             continue
         where = f"{place}:{number}"
         if longest is not None and len(line) > longest:
-            yield Row(where, line[:4096], _too_long(length, longest))
+            yield Row(where, line[:4096], too_long(length, longest))
         else:
             yield Row(where, line)
 
 
-def _too_long(length: int, longest: int) -> str:
+def too_long(length: int, longest: int) -> str:
+    """Say that a record of `length` bytes is too long."""
     return f"the record has {length:,} bytes, more than max_record_megabytes allows ({longest:,} bytes)"
 
 
@@ -237,7 +238,7 @@ def _row(where: str, values: dict[str, Any] | str, ours: bool, longest: int | No
     if longest is not None:
         length = sum(len(value) for value in values.values() if isinstance(value, (str, bytes)))
         if length > longest:
-            return Row(where, repr(values)[:4096].encode(errors="replace"), _too_long(length, longest))
+            return Row(where, repr(values)[:4096].encode(errors="replace"), too_long(length, longest))
     if not ours:
         return Row(where, values)
     try:

@@ -87,10 +87,11 @@ def _string(record: Mapping[str, Any], key: str, where: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise RecordError(where, f"field {key!r} must be a string, found {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RecordError(where, f"field {key!r} holds a lone surrogate, which is not text") from None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RecordError(where, f"field {key!r} holds a lone surrogate, which is not text") from None
     return value
 
 
@@ -117,7 +118,7 @@ def read_document(record: object, where: str, names: FieldNames = FieldNames()) 
     if not isinstance(record, Mapping):
         raise RecordError(where, f"a record must be a JSON object, found {_kind(record)}")
     text = _string(record, names.text, where)
-    if not text.strip():
+    if not text or text.isspace():
         raise RecordError(where, f"field {names.text!r} is empty")
     identity = record.get(names.id)
     if identity is None:

@@ -1,34 +1,83 @@
-"""One face over tokenizers: a Hugging Face `tokenizer.json` (or its folder), byte level, or words of a closed vocabulary.
+"""One face over tokenizers: a Hugging Face `tokenizer.json` (or its folder), SentencePiece, byte level, or words of a closed vocabulary.
 
-Every kind is held as a `tokenizers.Tokenizer`, so that whatever was trained on exports as a `tokenizer.json`.
+All but SentencePiece are held as a `tokenizers.Tokenizer`, so that what was trained on exports as a `tokenizer.json`; a
+SentencePiece model stays the file that it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import tokenizers
 
-from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.files import write_text
+from tpt_megatron.errors import ConfigError, DataError, MachineError
+from tpt_megatron.files import open_atomic
 
 BYTE_LEVEL = "byte"
 END_OF_DOCUMENT = "<|endoftext|>"
+TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
+_HINT = "give 'byte', a tokenizer.json, a SentencePiece .model, or a folder that holds one"
+
+
+class TokenizerLike(Protocol):
+    """Text to token ids and back, with a fingerprint that says whether two tokenizers are the same.
+
+    end_of_document  the token that closes every document, one token of the vocabulary; eod_id: its id
+    file_name        of what `to_bytes` gives: tokenizer.json or tokenizer.model
+    """
+
+    end_of_document: str
+    eod_id: int
+    file_name: str
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of ids, added tokens included: one more than the largest id."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's definition and its end-of-document token, 16 hex digits."""
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id that stands for what the vocabulary cannot express; None where every text can be expressed."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without any special token added around it. Text that spells a special token is text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of each text, as `encode` does."""
+
+    def ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of `text` as `encode` does, and for each the character of `text` that it ends before."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens included."""
+
+    def added_token_id(self, text: str) -> int | None:
+        """Return the id of the added or control token that is spelled `text`; None where there is none."""
+
+    def to_bytes(self) -> bytes:
+        """Return the file that defines the tokenizer."""
+
+    def save(self, path: Path) -> None:
+        """Write that file."""
 
 
 class Tokenizer:
-    """Text to token ids and back, with a fingerprint that says whether two tokenizers are the same.
+    """A tokenizer of Hugging Face's library; see `TokenizerLike`."""
 
-    `end_of_document` is the token that closes every document; it must be one token of the vocabulary.
-    """
+    file_name = TOKENIZER_JSON
 
     def __init__(self, backend: tokenizers.Tokenizer, end_of_document: str) -> None:
-        self._backend = backend
+        self.backend = backend
         backend.no_padding()
         backend.no_truncation()
         # Text that spells a special token, in a document, is text: it must not end the document. Not kept in tokenizer.json.
@@ -39,50 +88,153 @@ class Tokenizer:
         self.end_of_document = end_of_document
         self.eod_id: int = eod
 
-    @property
+    @cached_property
+    def definition(self) -> str:
+        """The tokenizer as JSON in one line."""
+        return str(self.backend.to_str())
+
+    @cached_property
     def vocabulary_size(self) -> int:
         """Number of ids, added tokens included: one more than the largest id."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's definition and its end-of-document token, 16 hex digits."""
-        return hashlib.sha256(f"{self._backend.to_str()}\n{self.end_of_document}".encode()).hexdigest()[:16]
+        """SHA-256 of the definition and the end-of-document token, 16 hex digits."""
+        return hashlib.sha256(f"{self.definition}\n{self.end_of_document}".encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def unknown_id(self) -> int | None:
         """Id that stands for what the vocabulary cannot express; None where every text can be expressed."""
-        model = orjson.loads(self._backend.to_str())["model"]
+        model = orjson.loads(self.definition)["model"]
         if model.get("unk_id") is not None:  # Unigram
             return int(model["unk_id"])
-        return None if model.get("unk_token") is None else self._backend.token_to_id(model["unk_token"])
+        return None if model.get("unk_token") is None else self.backend.token_to_id(model["unk_token"])
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token added around it."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Return the ids of each text, as `encode` does, on as many threads as the machine has."""
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, and for each the character that it ends before."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), [end for _, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens included."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
+    def added_token_id(self, text: str) -> int | None:
+        """Return the id of the added token that is spelled `text`; None where there is none."""
+        return next((number for number, token in self.backend.get_added_tokens_decoder().items() if token.content == text), None)
+
+    def to_bytes(self) -> bytes:
+        """Return tokenizer.json."""
+        return str(self.backend.to_str(pretty=True)).encode()
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`."""
-        write_text(path, self._backend.to_str(pretty=True))
+        """Write tokenizer.json."""
+        with open_atomic(path) as file:
+            file.write(self.to_bytes())
 
 
-def load_tokenizer(name: str, end_of_document: str) -> Tokenizer:
-    """Load `byte`, a `tokenizer.json`, or a folder that holds one.
+class SentencePieceTokenizer:
+    """A SentencePiece model; see `TokenizerLike`. Control symbols have no spelling in a text: what spells one is text."""
+
+    file_name = SENTENCEPIECE_MODEL
+
+    def __init__(self, model: bytes, end_of_document: str, name: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise MachineError(f"tokenizer={name!r} needs sentencepiece, which is not installed; run: pip install 'tpt-megatron[sentencepiece]'") from None
+        self._model = model
+        self.processor: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(f"{name}: not a SentencePiece model ({' '.join(str(error).split())})") from None
+        self.end_of_document = end_of_document
+        eod = self.added_token_id(end_of_document)
+        if eod is None:
+            raise ConfigError(f"end_of_document={end_of_document!r} is not a control symbol of {name}; name one that is, for example </s>")
+        self.eod_id = eod
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of pieces."""
+        return int(self.processor.vocab_size())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the model and the end-of-document token, 16 hex digits."""
+        return hashlib.sha256(self._model + f"\n{self.end_of_document}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """Id of what the vocabulary cannot express; None where the model falls back to bytes."""
+        has_bytes = any(self.processor.IsByte(number) for number in range(self.vocabulary_size))
+        return None if has_bytes else int(self.processor.unk_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without any symbol added around it."""
+        return list(self.processor.EncodeAsIds(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of each text."""
+        return [np.array(self.processor.EncodeAsIds(text), np.int32) for text in texts]
+
+    def ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, and for each the character that it ends before."""
+        pieces = self.processor.EncodeAsImmutableProto(text).pieces
+        return [piece.id for piece in pieces], [piece.end for piece in pieces]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; control symbols, which SentencePiece decodes to nothing, are spelled out."""
+        parts: list[str] = []
+        run: list[int] = []
+        for number in ids:
+            if self.processor.IsControl(int(number)):
+                parts += [self.processor.DecodeIds(run), self.processor.IdToPiece(int(number))]
+                run = []
+            else:
+                run.append(int(number))
+        return "".join([*parts, self.processor.DecodeIds(run)])
+
+    def added_token_id(self, text: str) -> int | None:
+        """Return the id of the control or user-defined symbol `text`; None where there is none."""
+        number = int(self.processor.PieceToId(text))
+        is_whole = self.processor.IsControl(number) or (number != self.processor.unk_id() and self.processor.EncodeAsPieces(text)[-1:] == [text])
+        return number if is_whole and self.processor.IdToPiece(number) == text else None
+
+    def to_bytes(self) -> bytes:
+        """Return the model file."""
+        return self._model
+
+    def save(self, path: Path) -> None:
+        """Write the model file."""
+        with open_atomic(path) as file:
+            file.write(self._model)
+
+
+def load_tokenizer(name: str, end_of_document: str) -> TokenizerLike:
+    """Load `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder that holds one of these.
 
     Raises ConfigError when the name stands for nothing or the end-of-document token is missing, DataError when the file
-    is damaged.
+    is damaged, MachineError when sentencepiece is needed and not installed.
     """
     if name == BYTE_LEVEL:
         return Tokenizer(_byte_level(end_of_document), end_of_document)
-    return Tokenizer(read_tokenizer_json(name, "give 'byte', a tokenizer.json, or a folder that holds one"), end_of_document)
+    path = Path(name)
+    if path.is_dir() and not (path / TOKENIZER_JSON).is_file() and (path / SENTENCEPIECE_MODEL).is_file():
+        path = path / SENTENCEPIECE_MODEL
+    if path.suffix == ".model" and path.is_file():
+        return SentencePieceTokenizer(path.read_bytes(), end_of_document, str(path))
+    return Tokenizer(read_tokenizer_json(name, _HINT), end_of_document)
 
 
 def read_tokenizer_json(name: str, hint: str) -> tokenizers.Tokenizer:

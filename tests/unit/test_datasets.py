@@ -7,17 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.datasets import write_dataset
 from tpt_megatron.datasets import open_dataset, sidecar, token_dtype
 from tpt_megatron.errors import DataError
-from tpt_megatron.preprocess.dataset import DatasetWriter
 from tpt_megatron.tokenizer import END_OF_DOCUMENT, load_tokenizer
 
 
 def write(prefix: Path, *, plain: bool) -> None:
-    with DatasetWriter(prefix, load_tokenizer("byte", END_OF_DOCUMENT)) as writer:
-        writer.add([(0, np.array([1, 2, 3], np.int32)), (1, np.array([4, 5], np.int32))], "a", None, "g")
-        writer.add([(0, np.array([6], np.int32))], "b", "web", None)
-        writer.finish()
+    sequences = [([(0, [1, 2, 3]), (1, [4, 5])], "a", None, "g"), ([(0, [6])], "b", "web", None)]
+    write_dataset(prefix, load_tokenizer("byte", END_OF_DOCUMENT), sequences)
     if plain:
         sidecar(prefix, "parts.bin").unlink()
 
@@ -72,8 +70,7 @@ def test_each_damage_is_named_in_one_line(message: str, tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path / "train", load_tokenizer("byte", END_OF_DOCUMENT)) as writer:
-        writer.finish()
+    write_dataset(tmp_path / "train", load_tokenizer("byte", END_OF_DOCUMENT), [])
     sidecar(tmp_path / "train", "parts.bin").unlink()
     with pytest.raises(DataError, match="no token"):
         open_dataset(tmp_path / "train")

@@ -24,7 +24,6 @@ from pathlib import Path
 from tpt_megatron.augment.claims import Claims
 from tpt_megatron.augment.generators import Ingredients
 from tpt_megatron.augment.plan import Plan, make_or_read_plan
-from tpt_megatron.augment.processes import WorkerProcesses
 from tpt_megatron.augment.reporting import summarise, write_report
 from tpt_megatron.augment.shards import finished_shards, manifest_place, read_shard_manifests
 from tpt_megatron.augment.worker import Worker
@@ -32,6 +31,7 @@ from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.errors import ConfigError, DataError, MachineError, Stopped, TptError
 from tpt_megatron.files import AUGMENTED, FileEntry, Manifest, read_manifest
 from tpt_megatron.log import progress_bar, set_up_logging
+from tpt_megatron.processes import WorkerProcesses
 from tpt_megatron.record_files import refuse_inputs_in_output
 from tpt_megatron.storage import LocalLocation, Location, explain, locate, remove_unfinished
 

@@ -20,11 +20,11 @@ from tpt_megatron.augment.claims import Claim, Claims
 from tpt_megatron.augment.generators import Generator, all_or_none
 from tpt_megatron.augment.outcome import Outcome
 from tpt_megatron.augment.plan import Plan, Shard
-from tpt_megatron.augment.processes import SAME_SIGNAL_S
 from tpt_megatron.augment.shards import Journal, OpenShard, ShardReader, ShardWriter, finished_shards, manifest_place, open_shard
 from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.errors import ConfigError, RecordError, Stopped
 from tpt_megatron.log import Bar
+from tpt_megatron.processes import SAME_SIGNAL_S
 from tpt_megatron.storage import Location, explain
 
 logger = logging.getLogger(__name__)

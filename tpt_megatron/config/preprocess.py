@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,11 +13,15 @@ from tpt_megatron.config.augment import InputFields, OnBadRecord
 from tpt_megatron.config.load import Config, OneOrMore
 from tpt_megatron.tokenizer import END_OF_DOCUMENT
 
-Arm = Literal["vanilla", "append", "prepend"]
+Arm = Literal["vanilla", "append", "prepend", "interleave", "mixed"]
+PlainArm = Literal["vanilla", "append", "prepend", "interleave"]
 
 
 class Delimiters(Config):
-    """The text around a thought. `between` joins document and thought block."""
+    """The text around a thought: `open` inside thought inside `close`, with `between` wherever the block meets the document.
+
+    `open` and `close` are single tokens where the tokenizer has them as added tokens, and text otherwise.
+    """
 
     open: str = "<think>"
     close: str = "</think>"
@@ -23,15 +29,33 @@ class Delimiters(Config):
     inside: str = "\n"
 
 
+class NearDuplicates(Config):
+    """What counts as nearly the same text: MinHash over runs of `shingle_words` words, `permutations` hashes, Jaccard similarity `threshold`."""
+
+    threshold: float = Field(0.8, gt=0, lt=1)
+    shingle_words: int = Field(5, ge=1)
+    permutations: int = Field(128, ge=16, le=1024)
+
+
 class PreprocessConfig(Config):
     """Augmented (or plain) documents in, one token dataset an arm out.
 
-    input                record files, folders of them, or globs
+    input                record files, folders of them, or globs; local or URLs
     output               folder; each arm gets `ARM/train.*` and, with a validation_fraction, `ARM/validation.*`
-    tokenizer            `byte`, a tokenizer.json, or a folder that holds one
-    end_of_document      the token that closes every document
-    arms                 vanilla: document only; append: document, then thoughts (the paper's); prepend: thoughts first
-    validation_fraction  share of the documents, chosen by the hash of their id, the same ones in every arm
+    tokenizer            `byte`, a tokenizer.json, a SentencePiece .model, or a folder that holds one
+    end_of_document      the token that closes every document; must be one token of the tokenizer
+    arms                 vanilla: document only; append: document, then thoughts (the paper's); prepend: thoughts first;
+                         interleave: each thought after the part of the document that it saw; mixed: see there
+    mixed                weights of the arms in the arm `mixed`; a document's hash decides which one it gets
+    thoughts             joined: all thoughts of a document in one sequence; samples: a sequence for each thought
+    validation_fraction  share of the documents, chosen by the hash of their text, the same ones in every arm
+    deduplicate          none; exact: of documents with the same text the first one stays; near: of nearly the same text
+    engine               what tokenizes: auto takes fastokens where it gives the ids that Hugging Face's tokenizers gives
+    verify               on what that is checked: sample (of the input, at start) or full (every text; as slow as `tokenizers`)
+    workers              processes on this machine
+    shard                3/64: do the third of 64 parts of the work; `tpt preprocess merge OUTPUT` joins them
+    piece_megabytes      input is worked off in pieces of this size, which a new start re-uses; default: by the input's size
+    max_record_megabytes a larger record is set aside
     """
 
     input: OneOrMore
@@ -39,13 +63,36 @@ class PreprocessConfig(Config):
     tokenizer: str
     end_of_document: str = END_OF_DOCUMENT
     arms: tuple[Arm, ...] = ("vanilla", "append")
+    mixed: dict[PlainArm, float] = Field(default={"vanilla": 1.0, "append": 1.0})
+    thoughts: Literal["joined", "samples"] = "joined"
     delimiters: Delimiters = Delimiters()
     validation_fraction: float = Field(0.0, ge=0, lt=1)
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    near_duplicates: NearDuplicates = NearDuplicates()
     fields: InputFields = InputFields()
     on_bad_record: OnBadRecord = "set_aside"
+    engine: Literal["auto", "fastokens", "tokenizers"] = "auto"
+    verify: Literal["sample", "full"] = "sample"
+    workers: int = Field(1, ge=1)
+    shard: str | None = None
+    piece_megabytes: float | None = Field(None, gt=0)
+    max_record_megabytes: float = Field(128, gt=0)
 
     @model_validator(mode="after")
-    def _arms_are_distinct(self) -> Self:
+    def _check(self) -> Self:
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ValueError(f"arms={list(self.arms)} must name at least one arm, and each once")
+        if not self.mixed or any(weight < 0 or not math.isfinite(weight) for weight in self.mixed.values()) or sum(self.mixed.values()) <= 0:
+            raise ValueError(f"mixed={self.mixed} must give weights of at least 0, not all of them 0")
+        self.part_of_work()
         return self
+
+    def part_of_work(self) -> tuple[int, int]:
+        """Return (number from 0, how many) of the parts that the work is cut into; (0, 1) without `shard`."""
+        if self.shard is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise ValueError(f"shard={self.shard!r} must be NUMBER/COUNT with 1 <= NUMBER <= COUNT, for example 3/64")
+        return number - 1, count

@@ -1,214 +1,277 @@
-"""Preprocessing: one pass over the documents writes every arm, so that all arms hold the very same documents.
+"""Preprocessing: one pass over the documents makes every arm, so that all arms hold the very same documents.
 
     OUTPUT/ARM/train.{bin,idx,...}         see `tpt_megatron.datasets`
     OUTPUT/ARM/validation.{bin,idx,...}    where validation_fraction > 0
     OUTPUT/bad_records.jsonl               the records that could not be used, if any
+    OUTPUT/plan.json                       the pieces that the input was cut into
+    OUTPUT/pieces/                         what is finished of an unfinished run, see `pieces.py`
 
-An arm is finished when its manifests are there. Running again keeps finished arms and writes the others.
+An arm is finished when its manifests are there. The same command goes on where the last one ended, however that was: finished
+pieces and finished arms are kept. What comes out depends on the inputs and the settings only, not on workers, shards or interruptions.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-from tpt_megatron.bad_records import BadRecords, LineCounts, read_records
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
-from tpt_megatron.datasets import MANIFEST_KIND, sidecar
-from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.files import FileEntry, Manifest, check_outputs, describe_file, read_manifest, remove_leftovers
-from tpt_megatron.log import progress_bar
-from tpt_megatron.preprocess.compose import compose
-from tpt_megatron.preprocess.dataset import DatasetWriter
-from tpt_megatron.record_files import expand_inputs, refuse_inputs_in_output
-from tpt_megatron.records import AugmentedDocument, read_augmented
-from tpt_megatron.storage import LocalLocation, Location
-from tpt_megatron.tokenizer import Tokenizer, load_tokenizer
+from tpt_megatron.datasets import MANIFEST_KIND
+from tpt_megatron.errors import ConfigError, DataError, Stopped, TptError
+from tpt_megatron.files import Manifest, check_outputs, read_json, read_manifest, remove_leftovers, sha256_of, write_json
+from tpt_megatron.log import progress_bar, set_up_logging
+from tpt_megatron.preprocess.delimiters import check_delimiters
+from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
+from tpt_megatron.preprocess.finish import finish
+from tpt_megatron.preprocess.pieces import FinishedPiece, PieceWorker, splits
+from tpt_megatron.preprocess.plan import Piece, Plan, make_plan, part_of
+from tpt_megatron.processes import WorkerProcesses
+from tpt_megatron.record_files import expand_inputs, read_rows, refuse_inputs_in_output
+from tpt_megatron.records import read_augmented
+from tpt_megatron.storage import LocalLocation, Location, explain
+from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer
 
 logger = logging.getLogger(__name__)
-DOCUMENTS_PER_BATCH = 1000
-CHARACTERS_PER_BATCH = 8_000_000
-
-Writers = dict[tuple[Arm, str], DatasetWriter]
+SAMPLE_RECORDS, SAMPLE_CHARACTERS, SAMPLE_FILES = 64, 100_000, 8
 
 
 def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
-    """Write each arm's datasets and return their manifests by `ARM/SPLIT`.
+    """Make each arm's datasets and return their manifests by `ARM/SPLIT`; with `shard`, do that part of the work and return nothing.
 
     Raises ConfigError when the tokenizer cannot express a delimiter, or when the output holds datasets of other settings
-    or inputs; DataError for an input that cannot be read and for a split without documents; and under on_bad_record=fail
-    RecordError for the first bad record.
+    or inputs; DataError for an input that cannot be read and for a split without documents; under on_bad_record=fail
+    RecordError for the first bad record; Stopped after a signal.
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-    _check_delimiters(config, tokenizer)
+    if set(config.arms) != {"vanilla"}:
+        check_delimiters(config.delimiters, tokenizer, config.tokenizer)
     refuse_inputs_in_output(config.input, LocalLocation(config.output))
     inputs = expand_inputs(config.input)
-    entries = tuple(describe_file(path, str(path)) for path in inputs)
+    number, count = config.part_of_work()
+    with _alone(config.output, number if config.shard else None):
+        finished, pending = _finished_arms(config, tokenizer, inputs)
+        if not pending:
+            return finished
+        plan = _plan(config, inputs, _settings(config, tokenizer))
+        _save_run(config, tokenizer)
+        kept = _kept_pieces(config, plan, pending)
+        todo = [piece for piece in part_of(plan, number, count) if piece.number not in kept]
+        if todo:
+            engine = choose_engine(tokenizer, config.engine, _sample(config, inputs))
+            _work(config, plan, pending, tokenizer, engine, todo)
+        if config.shard is not None:
+            logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
+            return {}
+        finished.update(finish(config, plan, pending, tokenizer, [config.output]))
+    return {name: finished[name] for arm in config.arms for name in (f"{arm}/{split}" for split in splits(config))}
+
+
+def merge(output: Path, folders: Sequence[Path]) -> dict[str, Manifest]:
+    """Join what the shards of a run made in `output` and in `folders` (outputs of other machines) into `output`'s datasets.
+
+    Copies bytes; nothing is tokenised again. Raises DataError when shards are missing, or are of other inputs or settings.
+    """
+    places = [output, *folders]
+    begun = next((place for place in places if (place / "pieces/run.json").is_file()), None)
+    if begun is None:
+        raise DataError(f"{output}: no shards here; give the output of tpt preprocess runs with shard=NUMBER/COUNT, and their folders where they are apart")
+    run = read_json(begun / "pieces/run.json")
+    config = PreprocessConfig.model_validate(run["config"] | {"output": output, "shard": None})
+    tokenizer = load_tokenizer(str(begun / "pieces" / run["tokenizer"]), config.end_of_document)
+    plan = Plan.read(LocalLocation(begun / "plan.json"))
+    for place in places:
+        if (place / "plan.json").is_file() and Plan.read(LocalLocation(place / "plan.json")).fingerprint() != plan.fingerprint():
+            raise DataError(f"{place}: made from other inputs or with other settings than {begun}; shards of one run only can be joined")
+    with _alone(output, None):
+        return finish(config, plan, list(config.arms), tokenizer, places)
+
+
+@contextmanager
+def _alone(output: Path, shard: int | None) -> Iterator[None]:
+    """Refuse to work where another run does; the system releases the lock of a killed one. Shards share the folder, each number once."""
+    output.mkdir(parents=True, exist_ok=True)
+    locks = [os.open(output, os.O_RDONLY)]
+    try:
+        if shard is not None:
+            (output / "pieces").mkdir(exist_ok=True)
+            locks.append(os.open(output / f"pieces/.shard-{shard}.lock", os.O_RDWR | os.O_CREAT, 0o666))
+        for lock, how in zip(locks, (fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH, fcntl.LOCK_EX), strict=False):
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"output={output}: another tpt preprocess is at work there; wait for it, or give another output") from None
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def _settings(config: PreprocessConfig, tokenizer: TokenizerLike) -> dict[str, Any]:
+    """Return what datasets depend on besides the inputs and the arm; the tokenizer by what it is, not where it lies."""
+    without = {"input", "output", "arms", "tokenizer", "workers", "shard", "engine", "verify", "piece_megabytes", "on_bad_record"}
+    unused = {name for name, used in (("mixed", "mixed" in config.arms), ("near_duplicates", config.deduplicate == "near")) if not used}
+    return {**config.model_dump(mode="json", exclude=without | unused), "tokenizer_fingerprint": tokenizer.fingerprint}
+
+
+def _finished_arms(config: PreprocessConfig, tokenizer: TokenizerLike, inputs: list[Location]) -> tuple[dict[str, Manifest], list[Arm]]:
+    """Return the manifests of finished arms by ARM/SPLIT, and the arms that are still to be made."""
     finished: dict[str, Manifest] = {}
     pending: list[Arm] = []
     for arm in config.arms:
-        manifests = _finished_arm(config, arm, _settings(config, arm, tokenizer), entries)
+        manifests = _finished_arm(config, arm, tokenizer, inputs)
         finished.update(manifests)
         if manifests:
             logger.info("%s: finished before, kept", config.output / arm)
         else:
             pending.append(arm)
-    if pending:
-        finished.update(_write_arms(config, tokenizer, pending, inputs, entries))
-    return {name: finished[name] for arm in config.arms for name in (f"{arm}/{split}" for split in _splits(config))}
+    return finished, pending
 
 
-def in_validation(identity: str, fraction: float) -> bool:
-    """Say whether the document of this id belongs to the validation split: its id's SHA-256 decides, in every arm alike."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") < fraction * 2**64
-
-
-def _splits(config: PreprocessConfig) -> tuple[str, ...]:
-    return ("train", "validation") if config.validation_fraction > 0 else ("train",)
-
-
-def _settings(config: PreprocessConfig, arm: Arm, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what an arm's datasets depend on besides the inputs; the tokenizer by what it is, not where it lies."""
-    return {
-        **config.model_dump(mode="json", exclude={"input", "output", "arms", "tokenizer"}),
-        "arm": arm,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-    }
-
-
-def _check_delimiters(config: PreprocessConfig, tokenizer: Tokenizer) -> None:
-    unknown = tokenizer.unknown_id
-    if unknown is None or set(config.arms) == {"vanilla"}:
-        return
-    for name, text in config.delimiters.model_dump().items():
-        if unknown in tokenizer.encode(text):
-            raise ConfigError(f"delimiters.{name}={text!r} is unknown to the tokenizer {config.tokenizer}; give a text that its vocabulary holds")
-
-
-def _finished_arm(config: PreprocessConfig, arm: Arm, settings: dict[str, Any], inputs: tuple[FileEntry, ...]) -> dict[str, Manifest]:
-    """Return an arm's manifests by ARM/SPLIT when all its datasets are there and undamaged; nothing otherwise."""
+def _finished_arm(config: PreprocessConfig, arm: Arm, tokenizer: TokenizerLike, inputs: list[Location]) -> dict[str, Manifest]:
     folder, manifests = config.output / arm, {}
     remove_leftovers(folder)
+    settings = _settings(config, tokenizer)
     for path in sorted(folder.glob("*.manifest.json")):
         manifest = read_manifest(path, MANIFEST_KIND)
-        if manifest.settings != settings or manifest.inputs != inputs:
-            what = "settings" if manifest.settings != settings else "inputs"
+        same_settings = manifest.details.get("arm") == arm and {**settings, "mixed": None} == {**manifest.settings, "mixed": None}
+        same_settings = same_settings and (arm != "mixed" or settings["mixed"] == manifest.settings["mixed"])
+        if not same_settings or not _same_inputs(config.output, manifest, inputs):
+            what = "inputs" if same_settings else "settings"
             raise ConfigError(f"output={config.output}: {path} was made from other {what}; give another output, or remove the folder")
         try:
-            check_outputs(manifest, folder, checksums=True)
+            check_outputs(manifest, folder, checksums=False)
         except DataError as error:
             logger.warning("%s", error)
             return {}
         manifests[f"{arm}/{path.name.removesuffix('.manifest.json')}"] = manifest
-    return manifests if set(manifests) == {f"{arm}/{split}" for split in _splits(config)} else {}
+    return manifests if set(manifests) == {f"{arm}/{split}" for split in splits(config)} else {}
 
 
-def _write_arms(config: PreprocessConfig, tokenizer: Tokenizer, arms: list[Arm], inputs: list[Location], entries: tuple[FileEntry, ...]) -> dict[str, Manifest]:
-    lines, bad, without_thoughts = LineCounts(), BadRecords(config.on_bad_record), dict.fromkeys(_splits(config), 0)
-    with ExitStack() as stack:
-        stack.enter_context(bad.kept_in(config.output / "bad_records.jsonl"))
-        writers: Writers = {}
-        for arm in arms:
-            for split in _splits(config):
-                writer = DatasetWriter(config.output / arm / split, tokenizer)
-                writers[arm, split] = stack.enter_context(writer)
-        for batch in _batches(_read(config, inputs, bad, lines)):
-            splits = ["validation" if in_validation(augmented.document.id, config.validation_fraction) else "train" for augmented in batch]
-            for augmented, split in zip(batch, splits, strict=True):
-                without_thoughts[split] += not augmented.thoughts
-            _write_batch(config, tokenizer, batch, splits, arms, writers)
-        _check_not_empty(config, writers, lines)
-        manifests = {}
-        for (arm, split), writer in writers.items():
-            sidecar(writer.prefix, "manifest.json").unlink(missing_ok=True)  # of a dataset found damaged
-            manifests[f"{arm}/{split}"] = _describe(config, arm, tokenizer, writer, writer.finish(), entries, lines, without_thoughts[split])
-    bad.summarise(config.output / "bad_records.jsonl")
-    assert lines.lines_read == lines.records + lines.bad_records + lines.blank_lines
-    assert all(lines.records == sum(writers[arm, split].counts.documents for split in _splits(config)) for arm in arms)
-    for name, manifest in manifests.items():
-        manifest.write(sidecar(config.output / name, "manifest.json"))
-    return manifests
+def _same_inputs(output: Path, manifest: Manifest, inputs: list[Location]) -> bool:
+    """Say whether the inputs are those of a manifest: by name, size and stamp where the plan knows them, by checksum otherwise."""
+    if [(entry.name, entry.bytes) for entry in manifest.inputs] != [(str(place), place.size()) for place in inputs]:
+        return False
+    plan = Plan.read(LocalLocation(output / "plan.json")) if (output / "plan.json").is_file() else None
+    known = {} if plan is None else dict(zip((name for name, _ in plan.inputs), plan.stamps, strict=True))
+    return all(known.get(entry.name) == place.stamp() or sha256_of(place) == entry.sha256 for entry, place in zip(manifest.inputs, inputs, strict=True))
 
 
-def _read(config: PreprocessConfig, inputs: list[Location], bad: BadRecords, lines: LineCounts) -> Iterator[AugmentedDocument]:
-    names = config.fields.names()
-    with progress_bar("preprocess", sum(place.size() for place in inputs)) as bar:
-        for path in inputs:
-            yield from read_records(path, lambda value, where: read_augmented(value, where, names), bad, lines, bar.advance)
+def _plan(config: PreprocessConfig, inputs: list[Location], settings: dict[str, Any]) -> Plan:
+    """Return the plan of this run, and put it into the output. Pieces of another plan are removed, but not while shards may be at work."""
+    place, pieces = LocalLocation(config.output / "plan.json"), config.output / "pieces"
+    plan = make_plan(inputs, settings, config.piece_megabytes, is_shared=config.workers > 1 or config.shard is not None)
+    if place.is_file() and pieces.is_dir():
+        before = Plan.read(place)
+        if before.is_of(plan):
+            return before
+        if config.shard is not None and before.fingerprint() != plan.fingerprint():
+            raise ConfigError(f"output={config.output}: holds shards of other inputs or settings; give another output, or remove the folder")
+        if config.shard is None:
+            logger.warning("%s: the inputs or the settings have changed since; what was finished of the last run is made anew", config.output)
+            shutil.rmtree(pieces)
+    place.write(plan.to_bytes())
+    return plan
 
 
-def _batches(documents: Iterable[AugmentedDocument]) -> Iterator[list[AugmentedDocument]]:
-    """Group documents so that a batch keeps the tokenizer's threads busy and stays small in memory."""
-    batch: list[AugmentedDocument] = []
+def _save_run(config: PreprocessConfig, tokenizer: TokenizerLike) -> None:
+    """Keep beside the pieces what `merge` needs to know: the config and the tokenizer."""
+    folder = config.output / "pieces"
+    folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
+    tokenizer.save(folder / tokenizer.file_name)
+    write_json(folder / "run.json", {"config": config.model_dump(mode="json", exclude={"shard", "output"}), "tokenizer": tokenizer.file_name})
+
+
+def _kept_pieces(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm]) -> set[int]:
+    """Return the pieces that are finished; remove those that are damaged or lack an arm."""
+    fingerprint, kept = plan.fingerprint(), set()
+    for piece in plan.pieces:
+        folder = config.output / "pieces" / piece.name
+        if not folder.is_dir():
+            continue
+        try:
+            finished = FinishedPiece.read(folder)
+        except DataError as error:
+            logger.warning("piece %s is made anew: %s", piece.name, error)
+        else:
+            if finished.plan == fingerprint and set(arms) <= set(finished.arms):
+                kept.add(piece.number)
+                continue
+        shutil.rmtree(folder)
+    if kept:
+        logger.info("%s: %d of %d pieces were finished before, kept", config.output, len(kept), len(plan.pieces))
+    return kept
+
+
+def _sample(config: PreprocessConfig, inputs: list[Location]) -> list[str]:
+    """Return some texts of the input, documents and thoughts, to try engines on; what cannot be read is left to the run to report."""
+    texts: list[str] = []
     characters = 0
-    for augmented in documents:
-        batch.append(augmented)
-        characters += len(augmented.document.text) + sum(len(thought.text) for thought in augmented.thoughts)
-        if len(batch) >= DOCUMENTS_PER_BATCH or characters >= CHARACTERS_PER_BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    files = inputs[:: max(1, len(inputs) // SAMPLE_FILES)][:SAMPLE_FILES]
+    for place in files:
+        for row in islice(read_rows(place, longest=SAMPLE_CHARACTERS), SAMPLE_RECORDS):
+            try:
+                augmented = read_augmented(row.parse(), row.where, config.fields.names())
+            except TptError:
+                continue
+            texts.append(augmented.document.text)
+            texts += [thought.text for thought in augmented.thoughts]
+            characters += len(texts[-1])
+            if characters > SAMPLE_CHARACTERS * (1 + files.index(place)) / len(files):
+                break
+    return texts
 
 
-def _write_batch(config: PreprocessConfig, tokenizer: Tokenizer, batch: list[AugmentedDocument], splits: list[str], arms: list[Arm], writers: Writers) -> None:
-    """Tokenise each different segment of the batch once, whichever arms hold it, and append every arm's documents."""
-    composed = {arm: [compose(augmented, arm, config.delimiters) for augmented in batch] for arm in arms}
-    texts = list({text: None for documents in composed.values() for segments in documents for _, text in segments})
-    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    for arm, documents in composed.items():
-        for augmented, split, segments in zip(batch, splits, documents, strict=True):
-            generators = dict.fromkeys(thought.generator for thought in augmented.thoughts) if arm != "vanilla" else {}
-            document = augmented.document
-            writers[arm, split].add([(part, ids[text]) for part, text in segments], document.id, document.source, "+".join(generators) or None)
+def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: TokenizerLike, engine: Engine, todo: list[Piece]) -> None:
+    if config.workers == 1:
+        encoder = Encoder(tokenizer, engine, verify_all=config.verify == "full")
+        worker = PieceWorker(config, plan, arms, tokenizer, encoder)
+        with progress_bar("preprocess", sum(_bytes(plan, piece) for piece in todo)) as bar:
+            for piece in todo:
+                worker.run(piece, bar.advance)
+        return
+    taken = multiprocessing.get_context("spawn").Value("q", 0)
+    work = partial(_be_worker, config, plan, arms, engine, todo, taken)
+    shown = 0
+    with WorkerProcesses(work, min(config.workers, len(todo))) as processes, progress_bar("preprocess", len(todo)) as bar:
+        while processes.are_at_work():
+            finished = sum((config.output / "pieces" / piece.name).is_dir() for piece in todo)
+            bar.advance(finished - shown)
+            shown = finished
+    processes.check()
 
 
-def _check_not_empty(config: PreprocessConfig, writers: Writers, lines: LineCounts) -> None:
-    for (_, split), writer in writers.items():
-        if writer.counts.documents == 0:
-            read = f"{lines.lines_read} lines read, {lines.bad_records} bad, {lines.blank_lines} blank"
-            hint = f"; change validation_fraction={config.validation_fraction}" if lines.records else ""
-            raise DataError(f"{config.output}: no document for {split} ({read}){hint}")
+def _bytes(plan: Plan, piece: Piece) -> int:
+    name, size = plan.inputs[piece.file]
+    return size if name.endswith(".parquet") else piece.stop - piece.start
 
 
-def _describe(
-    config: PreprocessConfig,
-    arm: Arm,
-    tokenizer: Tokenizer,
-    writer: DatasetWriter,
-    files: list[Path],
-    inputs: tuple[FileEntry, ...],
-    lines: LineCounts,
-    without_thoughts: int,
-) -> Manifest:
-    """Return the dataset's manifest, which is written last."""
-    outputs = tuple(describe_file(path) for path in files)
-    counts = writer.counts
-    return Manifest(
-        kind=MANIFEST_KIND,
-        settings=_settings(config, arm, tokenizer),
-        inputs=inputs,
-        outputs=outputs,
-        counts={
-            "documents": counts.documents,
-            "tokens": counts.tokens,
-            "tokens_document": counts.tokens_document,
-            "tokens_thinking": counts.tokens_thinking,
-            "documents_without_thoughts": without_thoughts,
-            "bad_records": lines.bad_records,
-            "blank_lines": lines.blank_lines,
-        },
-        details={
-            "arm": arm,
-            "dtype": writer.dtype.name,
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "end_of_document": tokenizer.end_of_document,
-            "eod_id": tokenizer.eod_id,
-            "sha256": next(entry.sha256 for entry in outputs if entry.name == f"{writer.prefix.name}.bin"),
-        },
-    )
+def _be_worker(config: PreprocessConfig, plan: Plan, arms: list[Arm], engine: Engine, todo: list[Piece], taken: Synchronized[int], number: int) -> None:
+    """Be one worker process: take the next piece that nobody has taken, until there is none."""
+    set_up_logging()
+    try:
+        tokenizer = load_tokenizer(str(config.output / "pieces" / read_json(config.output / "pieces/run.json")["tokenizer"]), config.end_of_document)
+        worker = PieceWorker(config, plan, arms, tokenizer, Encoder(tokenizer, engine, verify_all=config.verify == "full"))
+        while True:
+            with taken.get_lock():
+                mine = taken.value
+                taken.value += 1
+            if mine >= len(todo):
+                return
+            worker.run(todo[mine])
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        if not isinstance(error, Stopped):
+            logger.error("worker %d: %s", number, line)
+        raise SystemExit(error.exit_code if isinstance(error, TptError) else 1) from None

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tpt_megatron.datasets import sidecar
+from tests.support.datasets import write_dataset
+from tpt_megatron.datasets import SOURCE_DTYPE, sidecar, token_dtype
+from tpt_megatron.errors import DataError
 from tpt_megatron.preprocess import dataset
-from tpt_megatron.preprocess.dataset import DatasetWriter
+from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
+from tpt_megatron.preprocess.pieces import SpooledIds
 from tpt_megatron.tokenizer import Tokenizer
 
 
@@ -26,60 +29,113 @@ def of_size(vocabulary: int) -> Tokenizer:
 SMALL, LARGE = of_size(300), of_size(70_000)
 
 
-def write(prefix: Path, tokenizer: Tokenizer, documents: list[list[int]]) -> None:
-    with DatasetWriter(prefix, tokenizer) as writer:
-        for number, ids in enumerate(documents):
-            writer.add([(0, np.array(ids, np.int32))], str(number), None, None)
-        writer.finish()
-
-
 @pytest.mark.parametrize("tokenizer", [SMALL, LARGE], ids=["uint16", "int32"])
 @hypothesis_settings(max_examples=25)
-@given(documents=st.lists(st.lists(st.integers(0, 299), max_size=20), min_size=1, max_size=20))
-def test_bin_and_idx_are_byte_for_byte_megatrons_own(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, documents: list[list[int]]) -> None:
+@given(data=st.data(), documents=st.lists(st.lists(st.integers(0, 299), max_size=20), min_size=1, max_size=20))
+def test_bin_and_idx_are_byte_for_byte_megatrons_own(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, data: st.DataObject, documents: list[list[int]]
+) -> None:
+    """Whatever the parts, and with sequences left out, as megatron-core's own builder writes the ids."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(documents)), max_size=3)))
+    kept = data.draw(st.none() | st.lists(st.booleans(), min_size=len(documents), max_size=len(documents)))
     folder = tmp_path_factory.mktemp("dataset")
-    write(folder / "ours", tokenizer, documents)
+    write_dataset(folder / "ours", tokenizer, [([(0, ids)], str(number), None, None) for number, ids in enumerate(documents)], cuts, kept)
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=DType.optimal_dtype(tokenizer.vocabulary_size))
-    for ids in documents:
-        builder.add_document([*ids, tokenizer.eod_id], [len(ids) + 1])  # as the builder takes it, through numpy.array
+    for number, ids in enumerate(documents):
+        if kept is None or kept[number]:
+            builder.add_document([*ids, tokenizer.eod_id], [len(ids) + 1])  # as the builder takes it, through numpy.array
     builder.finalize(str(folder / "theirs.idx"))
     for ending in ("bin", "idx"):
         assert (folder / f"ours.{ending}").read_bytes() == (folder / f"theirs.{ending}").read_bytes()
 
 
-def test_sidecars_tell_parts_and_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+THREE = [
+    ([(1, [7, 8]), (0, [9])], "a", "web", "g"),
+    ([(0, [9])], "b", None, None),
+    ([(0, [])], "c", "web", None),
+]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [0, 2, 3]])
+def test_sidecars_tell_parts_sources_and_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> None:
     monkeypatch.setattr(dataset, "ROWS_PER_GROUP", 2)
     prefix = tmp_path / "train"
-    with DatasetWriter(prefix, SMALL) as writer:
-        writer.add([(1, np.array([7, 8], np.int32)), (0, np.array([9], np.int32))], "a", "web", "g")
-        writer.add([(0, np.array([9], np.int32))], "b", None, None)
-        writer.add([(0, np.array([], np.int32))], "c", None, None)
-        files = writer.finish()
-    assert sorted(path.name for path in files) == sorted(path.name for path in tmp_path.iterdir())
+    made = write_dataset(prefix, SMALL, THREE, cuts)
+    assert sorted(entry.name for entry in made.outputs) == sorted(path.name for path in tmp_path.iterdir())
+    assert {entry.name: entry.bytes for entry in made.outputs} == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert list(sidecar(prefix, "parts.bin").read_bytes()) == [1, 1, 0, 0, 0, 0, 0]
     table = pq.read_table(sidecar(prefix, "documents.parquet"))
     assert table.to_pylist() == [
-        {"id": "a", "source": "web", "generator": "g", "tokens_document": 2, "tokens_thinking": 2},
-        {"id": "b", "source": None, "generator": None, "tokens_document": 2, "tokens_thinking": 0},
-        {"id": "c", "source": None, "generator": None, "tokens_document": 1, "tokens_thinking": 0},
+        {"id": "a", "sample": 0, "source": "web", "generator": "g", "tokens_document": 2, "tokens_thinking": 2, "offset": 0},
+        {"id": "b", "sample": 0, "source": None, "generator": None, "tokens_document": 2, "tokens_thinking": 0, "offset": 4},
+        {"id": "c", "sample": 0, "source": "web", "generator": None, "tokens_document": 1, "tokens_thinking": 0, "offset": 6},
     ]
     assert pq.ParquetFile(sidecar(prefix, "documents.parquet")).num_row_groups == 2
-    assert (writer.counts.documents, writer.counts.tokens, writer.counts.tokens_document, writer.counts.tokens_thinking) == (3, 7, 5, 2)
+    assert made.sources == ["web", None]
+    assert np.fromfile(sidecar(prefix, "sources.bin"), SOURCE_DTYPE).tolist() == [0, 1, 0]
+    assert (made.counts.sequences, made.counts.tokens, made.counts.tokens_document, made.counts.tokens_thinking) == (3, 7, 5, 2)
 
 
-@pytest.mark.parametrize("after_finish", [False, True])
-def test_nothing_remains_after_an_error(tmp_path: Path, after_finish: bool) -> None:
-    def fail() -> None:
-        with DatasetWriter(tmp_path / "train", SMALL) as writer:
-            writer.add([(0, np.array([1], np.int32))], "a", None, None)
-            if after_finish:
-                writer.finish()
-            raise RuntimeError("stop")
+def test_where_the_parts_were_cut_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "ROWS_PER_GROUP", 4)
+    many = [([(0, [i % 7] * (i % 5)), (1, [1] * (i % 3))], f"d{i}", f"s{i % 4}", None) for i in range(30)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = write_dataset(tmp_path / "a/train", SMALL, many)
+    cut = write_dataset(tmp_path / "b/train", SMALL, many, [1, 9, 9, 22])
+    assert whole.outputs == cut.outputs
 
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
+
+def test_left_out_sequences_leave_no_trace(tmp_path: Path) -> None:
+    many = [([(0, [i % 7] * (i % 5)), (1, [1] * (i % 3))], f"d{i}", f"s{i % 4}", None) for i in range(30)]
+    kept = [i % 4 != 0 and not 10 < i < 15 for i in range(30)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    left = write_dataset(tmp_path / "a/train", SMALL, many, [7, 11], kept)
+    only = write_dataset(tmp_path / "b/train", SMALL, [one for one, stays in zip(many, kept, strict=True) if stays])
+    assert left.outputs == only.outputs
+    assert (left.sources, left.counts) == (only.sources, only.counts)
+    assert None not in left.sources
+
+
+def test_a_long_sequence_is_written_as_a_short_one_is(tmp_path: Path) -> None:
+    ids = np.arange(250, dtype=np.uint32)
+    ids.tofile(tmp_path / "spool")
+    for name, document in (("long", SpooledIds(tmp_path / "spool", 0, 250)), ("short", ids)):
+        with PartWriter(tmp_path / name, np.dtype(np.uint16), 0, SourceNumbers(), ordinals=True) as writer:
+            segments = [(0, document[:100]), (1, ids[:3]), (0, document[100:250])]
+            row = Row("a", 0, None, None, 5)
+            writer.add_long(segments, row) if name == "long" else writer.add(segments, row)
+    for path in tmp_path.glob("long.*"):
+        assert path.read_bytes() == path.with_name(path.name.replace("long", "short")).read_bytes()
+    assert len(list(tmp_path.glob("long.*"))) == 6
+
+
+def test_too_many_sources_and_too_long_a_sequence_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = SourceNumbers()
+    for i in range(65536):
+        numbers.number(str(i))
+    with pytest.raises(DataError, match="more than 65,536 different sources"):
+        numbers.number("another")
+    assert numbers.number("65535") == 65535
+    monkeypatch.setattr(dataset, "_LONGEST_SEQUENCE", 3)
+    with pytest.raises(DataError, match="document 'a' has 4 tokens"):
+        write_dataset(tmp_path / "train", SMALL, [([(0, [1, 2, 3])], "a", None, None)])
+
+
+def test_nothing_remains_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset, "_write_index", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_dataset(tmp_path / "train", SMALL, THREE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dtype_is_megatrons() -> None:
+    assert (token_dtype(65499), token_dtype(65500)) == (np.uint16, np.int32)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpt_megatron.errors import RecordError
+from tpt_megatron.preprocess import long_text
+from tpt_megatron.preprocess.long_text import LongText, split_long_line
+
+texts = st.text(st.one_of(st.sampled_from('\\"\nu0é中😀 '), st.characters(exclude_categories=("Cs",))), max_size=60)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_text, "DECODED_AT_ONCE", 13)
+    monkeypatch.setattr(long_text, "LONG_LINE", 10)
+
+
+def literal(text: str, *, ascii_only: bool) -> memoryview:
+    return memoryview(json.dumps(text, ensure_ascii=ascii_only).encode()[1:-1])
+
+
+@given(texts, st.booleans())
+def test_pieces_make_the_text_wherever_they_are_cut(text: str, ascii_only: bool) -> None:
+    long = LongText(literal(text, ascii_only=ascii_only))
+    assert "".join(long.pieces()) == text
+    assert long.measure() == (len(text), text.isspace() or not text, hashlib.sha256(text.encode()).hexdigest())
+
+
+@given(texts, st.integers(0, 60), st.integers(0, 60), st.booleans())
+def test_a_slice_is_of_characters(text: str, start: int, length: int, ascii_only: bool) -> None:
+    start = min(start, len(text))
+    stop = min(start + length, len(text))
+    long = LongText(literal(text, ascii_only=ascii_only))
+    assert "".join(long[start:stop].pieces()) == text[start:stop]
+    assert "".join(long[start:][: stop - start].pieces()) == text[start:stop]
+
+
+@pytest.mark.parametrize("bad", [b"abc\\", b"\\ud83d and more than one piece", b"x" * 30 + b"\xff" + b"y" * 30, b"\\q" + b"z" * 30, b"\xc3"])
+def test_what_is_no_json_string_is_refused(bad: bytes) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        list(LongText(memoryview(bad)).pieces())
+
+
+@given(texts.filter(lambda text: len(text.encode()) > 20), st.booleans(), st.booleans())
+def test_a_line_is_split_into_record_and_text(text: str, first: bool, spaced: bool) -> None:
+    others = {"id": "a", 'k"ey': 'v"text": "x', "n": {"text": "y"}}
+    record = {"text": text, **others} if first else {**others, "text": text}
+    line = json.dumps(record, separators=(" , ", " : ") if spaced else (",", ":")).encode()
+    split = split_long_line(bytearray(line), "text", "f:1")
+    assert split is not None
+    assert split[0] == record | {"text": ""}
+    assert "".join(split[1].pieces()) == text
+
+
+def test_a_line_that_is_long_for_another_reason_is_not_split() -> None:
+    assert split_long_line(bytearray(b'{"text": "a", "other": "' + b"x" * 100 + b'"}'), "text", "f:1") is None
+    assert split_long_line(bytearray(b'{"text": 12, "other": "' + b"x" * 100 + b'"}'), "text", "f:1") is None
+    assert split_long_line(bytearray(b'{"text": "' + b"x" * 100), "text", "f:1") is None
+
+
+def test_a_broken_record_around_a_long_text_is_refused() -> None:
+    with pytest.raises(RecordError, match="f:1: not valid JSON"):
+        split_long_line(bytearray(b'{"text": "' + b"x" * 100 + b'", "id": }'), "text", "f:1")

@@ -1,0 +1,196 @@
+"""Finishing: the pieces of a run, whoever made them, become each arm's datasets; then the manifests, then nothing is left of the pieces."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tpt_megatron.config.preprocess import Arm, PreprocessConfig
+from tpt_megatron.datasets import MANIFEST_KIND, sidecar, token_dtype
+from tpt_megatron.errors import DataError
+from tpt_megatron.files import FileEntry, Manifest, open_atomic
+from tpt_megatron.preprocess.dataset import JoinedDataset, Part, join
+from tpt_megatron.preprocess.duplicates import NearKeys, first_ones
+from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits
+from tpt_megatron.preprocess.plan import Plan
+from tpt_megatron.tokenizer import TokenizerLike
+
+logger = logging.getLogger(__name__)
+
+
+def finish(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike, folders: Sequence[Path]) -> dict[str, Manifest]:
+    """Join the pieces that lie in `folders` into the datasets of `arms` in config.output; return their manifests by ARM/SPLIT.
+
+    Raises DataError when pieces are missing or a split has no document, and OSError for a full disk; the pieces stay then.
+    """
+    pieces = _all_pieces(plan, folders)
+    counts = Counter({name: sum(piece.counts[name] for piece in pieces) for name in COUNTS})
+    with _scratch(config.output / "pieces/.finish") as scratch:
+        kept = _kept(config, pieces, scratch)
+        counts["duplicates"] = 0 if kept is None else sum(int(np.count_nonzero(~flags)) for flags in kept)
+        by_split = {split: _documents(pieces, kept, split) for split in splits(config)}
+        for split, found in by_split.items():
+            if not found["documents"]:
+                read = f"{counts['lines_read']} lines read, {counts['bad_records']} bad, {counts['blank_lines']} blank"
+                hint = f"; change validation_fraction={config.validation_fraction}" if counts["records"] else ""
+                raise DataError(f"{config.output}: no document for {split} ({read}){hint}")
+        assert counts["lines_read"] == counts["records"] + counts["bad_records"] + counts["blank_lines"]
+        assert counts["records"] == counts["duplicates"] + sum(found["documents"] for found in by_split.values())
+        datasets = _join_all(config, arms, tokenizer, pieces, kept)
+    _copy_bad_records(config.output / "bad_records.jsonl", pieces, counts["bad_records"])
+    manifests = {}
+    entries = _input_entries(plan, pieces)
+    for (arm, split), dataset in datasets.items():
+        sidecar(dataset.prefix, "manifest.json").unlink(missing_ok=True)  # of a dataset found damaged
+        dataset.rename()
+        manifests[f"{arm}/{split}"] = _describe(config, plan, arm, split, tokenizer, dataset, entries, by_split[split] + counts)
+    for name, manifest in manifests.items():
+        manifest.write(sidecar(config.output / name, "manifest.json"))
+    shutil.rmtree(config.output / "pieces")
+    return manifests
+
+
+def _all_pieces(plan: Plan, folders: Sequence[Path]) -> list[FinishedPiece]:
+    fingerprint, found, missing = plan.fingerprint(), [], []
+    for piece in plan.pieces:
+        here = [folder / "pieces" / piece.name for folder in folders if (folder / "pieces" / piece.name).is_dir()]
+        if not here:
+            missing.append(piece.name)
+            continue
+        finished = FinishedPiece.read(here[0])
+        if finished.plan != fingerprint:
+            raise DataError(f"{here[0]}: of another run than plan.json; run its shard again")
+        found.append(finished)
+    if missing:
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} of {len(plan.pieces)} pieces are missing ({listed}); run the shards that are not finished, or name their folders")
+    return found
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kept(config: PreprocessConfig, pieces: Sequence[FinishedPiece], scratch: Path) -> list[npt.NDArray[np.bool_]] | None:
+    """Return, for each piece, which of its documents stay; None where all do."""
+    if config.deduplicate == "none":
+        return None
+    bands = NearKeys(config.near_duplicates).bands if config.deduplicate == "near" else 1
+    documents = [piece.documents for piece in pieces]
+    flags = first_ones([piece.folder / "keys.bin" for piece in pieces], documents, bands, scratch)
+    ends = np.cumsum([0, *documents])
+    return [flags[begin:end] for begin, end in pairwise(ends)]
+
+
+def _documents(pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]] | None, split: str) -> Counter[str]:
+    found: Counter[str] = Counter(documents=0, documents_without_thoughts=0)
+    for number, piece in enumerate(pieces):
+        flags = np.fromfile(piece.folder / "flags.bin", np.uint8)
+        chosen = ((flags & IN_VALIDATION) != 0) == (split == "validation")
+        if kept is not None:
+            chosen &= kept[number]
+        found["documents"] += int(np.count_nonzero(chosen))
+        found["documents_without_thoughts"] += int(np.count_nonzero(chosen & ((flags & WITHOUT_THOUGHTS) != 0)))
+    return found
+
+
+def _join_all(
+    config: PreprocessConfig, arms: Sequence[Arm], tokenizer: TokenizerLike, pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]] | None
+) -> dict[tuple[Arm, str], JoinedDataset]:
+    """Join every arm and split, as many at once as there are workers: copying and hashing leave Python's lock alone."""
+    dtype, tokenizer_bytes = token_dtype(tokenizer.vocabulary_size), tokenizer.to_bytes()
+
+    def make(name: tuple[Arm, str]) -> JoinedDataset:
+        arm, split = name
+        stem = f"{arm}.{split}"
+        parts = [Part(piece.folder / stem, piece.sources[stem], None if kept is None else kept[number]) for number, piece in enumerate(pieces)]
+        return join(parts, config.output / arm / split, dtype, tokenizer.file_name, tokenizer_bytes)
+
+    names = [(arm, split) for arm in arms for split in splits(config)]
+    with ThreadPoolExecutor(config.workers) as pool:
+        made = {name: pool.submit(make, name) for name in names}
+    failed = next((error for future in made.values() if (error := future.exception()) is not None), None)
+    if failed is not None:
+        for future in made.values():
+            if future.exception() is None:
+                future.result().discard()
+        raise failed
+    return {name: future.result() for name, future in made.items()}
+
+
+def _copy_bad_records(path: Path, pieces: Sequence[FinishedPiece], count: int) -> None:
+    if not count:
+        path.unlink(missing_ok=True)
+        return
+    with open_atomic(path) as target:
+        for piece in pieces:
+            if (piece.folder / "bad.jsonl").is_file():
+                with open(piece.folder / "bad.jsonl", "rb") as source:
+                    shutil.copyfileobj(source, target)
+    logger.warning("%d bad records were set aside, see %s", count, path)
+
+
+def _input_entries(plan: Plan, pieces: Sequence[FinishedPiece]) -> tuple[FileEntry, ...]:
+    checksums = {plan.pieces[number].file: piece.input_sha256 for number, piece in enumerate(pieces) if piece.input_sha256 is not None}
+    return tuple(FileEntry(name=name, bytes=size, sha256=checksums[file]) for file, (name, size) in enumerate(plan.inputs))
+
+
+def _describe(
+    config: PreprocessConfig,
+    plan: Plan,
+    arm: Arm,
+    split: str,
+    tokenizer: TokenizerLike,
+    dataset: JoinedDataset,
+    inputs: tuple[FileEntry, ...],
+    counts: Counter[str],
+) -> Manifest:
+    """Return the dataset's manifest, which is written last. lines_read, records and what follows them are of the whole run."""
+    tokens = dataset.counts
+    settings: dict[str, Any] = {key: value for key, value in plan.settings.items() if key != "mixed" or arm == "mixed"}
+    return Manifest(
+        kind=MANIFEST_KIND,
+        settings=settings,
+        inputs=inputs,
+        outputs=tuple(dataset.outputs),
+        counts={
+            "documents": counts["documents"],
+            "sequences": tokens.sequences,
+            "tokens": tokens.tokens,
+            "tokens_document": tokens.tokens_document,
+            "tokens_thinking": tokens.tokens_thinking,
+            "documents_without_thoughts": counts["documents_without_thoughts"],
+            "lines_read": counts["lines_read"],
+            "records": counts["records"],
+            "duplicates": counts["duplicates"],
+            "bad_records": counts["bad_records"],
+            "blank_lines": counts["blank_lines"],
+        },
+        details={
+            "arm": arm,
+            "split": split,
+            "dtype": token_dtype(tokenizer.vocabulary_size).name,
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "end_of_document": tokenizer.end_of_document,
+            "eod_id": tokenizer.eod_id,
+            "sources": dataset.sources,
+            "sha256": next(entry.sha256 for entry in dataset.outputs if entry.name == f"{dataset.prefix.name}.bin"),
+        },
+    )

@@ -1,0 +1,113 @@
+"""Texts too large to hold twice: a document of 100 MB stays what it is in its line, and is decoded a piece at a time.
+
+Python would hold such a text in one to four bytes a character, beside the line and the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from tpt_megatron.errors import RecordError
+
+LONG_LINE = 8_000_000
+"""Bytes from which a line's text is handled this way."""
+DECODED_AT_ONCE = 1_000_000
+LONGEST_CHARACTER = 12
+"""Bytes: a pair of surrogates, each written as an escape."""
+_BACKSLASH = 0x5C
+
+
+class LongText:
+    """The text that a JSON string literal spells: characters [start, stop) of it. `len`, `sha256` and `pieces` are those of that text."""
+
+    def __init__(self, literal: memoryview, start: int = 0, stop: int | None = None) -> None:
+        self._literal, self._start, self._stop = literal, start, stop
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces of at most a million characters. Raises orjson.JSONDecodeError where it is no JSON."""
+        at = 0
+        for piece in self._decoded():
+            first, last = max(0, self._start - at), len(piece) if self._stop is None else min(len(piece), self._stop - at)
+            if first < last:
+                yield piece[first:last]
+            at += len(piece)
+            if self._stop is not None and at >= self._stop:
+                return
+
+    def _decoded(self) -> Iterator[str]:
+        begin = 0
+        while begin < len(self._literal):
+            piece, begin = self._decode_some(begin)
+            yield piece
+
+    def _decode_some(self, begin: int) -> tuple[str, int]:
+        """Return a piece and where the next begins: where what comes before decodes, which it does not within a character or an escape."""
+        end = min(len(self._literal), begin + DECODED_AT_ONCE)
+        shortest = end if end == len(self._literal) else max(begin + 1, end - LONGEST_CHARACTER + 1)
+        for stop in range(end, shortest, -1):
+            with suppress(orjson.JSONDecodeError):
+                return orjson.loads(b'"%b"' % self._literal[begin:stop]), stop
+        return orjson.loads(b'"%b"' % self._literal[begin:shortest]), shortest
+
+    def __getitem__(self, span: slice) -> LongText:
+        stop = self._stop if span.stop is None else self._start + span.stop
+        return LongText(self._literal, self._start + (span.start or 0), stop)
+
+    def measure(self) -> tuple[int, bool, str]:
+        """Decode all of it once; return its characters, whether all of them are white space, and the SHA-256 of its UTF-8."""
+        digest, length, blank = hashlib.sha256(), 0, True
+        for piece in self.pieces():
+            digest.update(piece.encode())
+            length += len(piece)
+            blank = blank and piece.isspace()
+        return length, blank, digest.hexdigest()
+
+
+def split_long_line(line: bytearray, field: str, where: str) -> tuple[Any, LongText] | None:
+    """Return (the record with an empty text, its text), or None where the line's length is not the text's.
+
+    Raises RecordError as `parse_json_line` does. The text is checked by `LongText.measure`.
+    """
+    span = _string_span(line, field)
+    if span is None or span[1] - span[0] < LONG_LINE // 2:
+        return None
+    view = memoryview(line)
+    rest = b"".join((view[: span[0]], view[span[1] :]))
+    try:
+        return orjson.loads(rest), LongText(view[span[0] : span[1]])
+    except orjson.JSONDecodeError as error:
+        raise RecordError(where, f"not valid JSON: {error}") from None
+
+
+def _string_span(line: bytearray, field: str) -> tuple[int, int] | None:
+    """Return where the longest string literal that is the value of a key `field` begins and ends, without its quotes."""
+    key, found, at = b'"%b"' % field.encode(), None, 0
+    while (at := line.find(key, at)) != -1:
+        begin = at + len(key)
+        head = bytes(line[begin : begin + 64]).lstrip()
+        if head.startswith(b":") and (quoted := head[1:].lstrip()).startswith(b'"'):
+            begin += len(line[begin : begin + 64]) - len(quoted) + 1
+            end = _closing_quote(line, begin)
+            if end is not None and (found is None or end - begin > found[1] - found[0]):
+                found = begin, end
+            at = begin if end is None else end
+        else:
+            at = begin
+    return found
+
+
+def _closing_quote(line: bytearray, begin: int) -> int | None:
+    at = begin
+    while (at := line.find(b'"', at)) != -1:
+        backslashes = 0
+        while line[at - 1 - backslashes] == _BACKSLASH:
+            backslashes += 1
+        if backslashes % 2 == 0:
+            return at
+        at += 1
+    return None

@@ -1,0 +1,284 @@
+"""Reading one piece of the input: documents in batches of bounded size, bad records aside, and every line counted."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import IO, Any
+
+import orjson
+
+from tpt_megatron.bad_records import LineCounts
+from tpt_megatron.errors import RecordError
+from tpt_megatron.files import decompressed, is_compressed, parse_json_line, reading
+from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, split_long_line
+from tpt_megatron.preprocess.plan import Piece
+from tpt_megatron.record_files import read_rows, too_long
+from tpt_megatron.records import AugmentedDocument, FieldNames, read_augmented, text_id
+from tpt_megatron.storage import Location
+
+BLOCK = 4_000_000  # bytes
+DOCUMENTS_PER_BATCH = 2000
+CHARACTERS_PER_BATCH = 4_000_000
+SHOWN = 4096
+"""Bytes that are kept of a record which is too long."""
+
+Batch = list[AugmentedDocument]
+Refused = tuple[bytes, RecordError]
+SetAside = Callable[[bytes, RecordError], None]
+"""Takes a bad record; raises the error where the policy is to fail."""
+
+
+@dataclass(frozen=True, slots=True)
+class LongDocument:
+    """A document whose text is kept apart; `augmented` has an empty one. sha256 and length (characters) are the text's."""
+
+    augmented: AugmentedDocument
+    text: LongText
+    length: int
+    sha256: str
+
+
+class LineNumbers:
+    """Counts the lines before a place in a file, for messages: once a file, however many pieces of it have bad records."""
+
+    def __init__(self) -> None:
+        self._known: tuple[str, int, int] = ("", 0, 0)
+
+    def before(self, place: Location, offset: int) -> int:
+        """Return how many lines begin before byte `offset`, at which one begins."""
+        name, at, lines = self._known
+        if name != str(place) or at > offset:
+            at = lines = 0
+        with place.open() as file:
+            file.seek(at)
+            while at < offset:
+                block = file.read(min(BLOCK, offset - at))
+                if not block:
+                    break
+                lines += block.count(b"\n")
+                at += len(block)
+        self._known = (str(place), offset, lines)
+        return lines
+
+
+@dataclass(slots=True)
+class PieceReader:
+    """Reads the records of one piece; `counts` holds when `batches` is exhausted. `progress` hears of bytes.
+
+    checks_offsets: a thought that is not about its document is a bad record.
+    """
+
+    place: Location
+    piece: Piece
+    names: FieldNames
+    longest: int
+    set_aside: SetAside
+    line_numbers: LineNumbers
+    progress: Callable[[int], object]
+    checks_offsets: bool = False
+    counts: LineCounts = field(default_factory=LineCounts)
+    _first_line: int = 0  # byte at which the first line of the piece begins
+
+    def batches(self) -> Iterator[Batch | LongDocument]:
+        """Yield the documents in order. Raises DataError when the file cannot be read, RecordError under the policy `fail`."""
+        if self.place.name.endswith(".parquet"):
+            yield from self._in_batches(self._parquet_documents())
+        else:
+            yield from self._in_batches(self._line_documents())
+
+    def _in_batches(self, documents: Iterator[AugmentedDocument | LongDocument | Refused]) -> Iterator[Batch | LongDocument]:
+        batch: Batch = []
+        characters = 0
+        for document in documents:
+            if isinstance(document, tuple):
+                self.counts.bad_records += 1
+                self.set_aside(*document)
+                continue
+            self.counts.records += 1
+            if isinstance(document, LongDocument):
+                if batch:
+                    yield batch
+                batch, characters = [], 0
+                yield document
+                continue
+            batch.append(document)
+            characters += len(document.document.text) + sum(len(thought.text) for thought in document.thoughts)
+            if characters >= CHARACTERS_PER_BATCH or len(batch) >= DOCUMENTS_PER_BATCH:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _parquet_documents(self) -> Iterator[AugmentedDocument | Refused]:
+        piece = self.piece
+        rows = read_rows(self.place, first=piece.start, longest=self.longest, progress=self.progress)
+        for row in islice(rows, piece.stop - piece.start):
+            self.counts.lines_read += 1
+            try:
+                document = read_augmented(row.parse(), row.where, self.names)
+                self._check_offsets(document, row.where, len(document.document.text))
+            except RecordError as error:
+                yield row.line(), error
+            else:
+                yield document
+
+    def _line_documents(self) -> Iterator[AugmentedDocument | LongDocument | Refused]:
+        with reading(self.place, self._number), self.place.open() as file:
+            lines = _Lines(decompressed(file, self.place.name), self.longest, self.progress)
+            self._first_line = lines.skip_to(self.piece.start) if self.piece.start else 0
+            stop = None if is_compressed(self.place.name) else self.piece.stop
+            for line, length in lines.until(stop):
+                self.counts.lines_read += 1
+                if not line or line.isspace():
+                    self.counts.blank_lines += 1
+                    continue
+                try:
+                    document = self._read_line(line, length)
+                except RecordError as error:
+                    yield bytes(line), RecordError(f"{self.place}:{self._number()}", error.reason)
+                else:
+                    yield document
+
+    def _number(self) -> int:
+        """Return the number of the line that was read last, from 1, in the file."""
+        before = self.line_numbers.before(self.place, self._first_line) if self._first_line else 0
+        return before + self.counts.lines_read
+
+    def _read_line(self, line: bytes | bytearray, length: int) -> AugmentedDocument | LongDocument:
+        if length > self.longest:
+            raise RecordError("", too_long(length, self.longest))
+        if isinstance(line, bytearray):
+            split = split_long_line(line, self.names.text, "")
+            if split is not None:
+                return self._read_long(*split)
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            value = parse_json_line(bytes(line), "")
+        document = read_augmented(value, "", self.names)
+        _refuse_repeated_keys(line, document, self.names)
+        self._check_offsets(document, "", len(document.document.text))
+        return document
+
+    def _check_offsets(self, document: AugmentedDocument, where: str, length: int) -> None:
+        """Raise RecordError for a thought that is not about this text; where thoughts are put at what they saw, they would be misplaced."""
+        if not self.checks_offsets:
+            return
+        for number, thought in enumerate(document.thoughts, 1):
+            if thought.seen_end is not None and not 0 <= thought.seen_end <= length:
+                raise RecordError(where, f"thought {number} saw characters up to {thought.seen_end}, the document has {length}")
+            other = thought.document_hash is not None and document.document.text and thought.document_hash != text_id(document.document.text)[:16]
+            if other:
+                raise RecordError(where, f"thought {number} is about another text (document_hash {thought.document_hash})")
+
+    def _read_long(self, record: Any, text: LongText) -> LongDocument:
+        try:
+            length, blank, sha256 = text.measure()
+        except orjson.JSONDecodeError as error:
+            raise RecordError("", f"field {self.names.text!r} is not valid JSON: {error}") from None
+        except UnicodeEncodeError:
+            raise RecordError("", f"field {self.names.text!r} holds a lone surrogate, which is not text") from None
+        if isinstance(record, dict) and record.get(self.names.text) == "":
+            record[self.names.text] = " " if blank else "x"  # in its place for the checks of the record's other fields
+            if record.get(self.names.id) is None:
+                record[self.names.id] = sha256[:32]
+        document = read_augmented(record, "", self.names)
+        bare = replace(document, document=replace(document.document, text=""))
+        self._check_offsets(bare, "", length)
+        return LongDocument(bare, text, length, sha256)
+
+
+class _Lines:
+    """Lines of a stream, read in blocks. A line of LONG_LINE bytes or more comes as a bytearray; of one over `longest` only the beginning."""
+
+    def __init__(self, stream: IO[bytes], longest: int, progress: Callable[[int], object]) -> None:
+        self._stream, self._longest, self._progress = stream, longest, progress
+        self._at = 0  # of the next byte to be read from the stream
+
+    def skip_to(self, start: int) -> int:
+        """Go to the first line that begins at byte `start` or later; return where that is."""
+        self._stream.seek(start - 1)
+        self._at = start - 1
+        while block := self._stream.readline(BLOCK):
+            self._at += len(block)
+            if block.endswith(b"\n"):
+                break
+        return self._at
+
+    def until(self, stop: int | None) -> Iterator[tuple[bytes | bytearray, int]]:
+        """Yield (line without its end, its length in bytes) of every line that begins before byte `stop`, or of all."""
+        if stop is not None and self._at >= stop:
+            return
+        rest: bytes | bytearray = b""
+        is_first = self._at == 0
+        passed_over = 0
+        while True:
+            inside = stop is None or self._at < stop
+            block = self._stream.read(BLOCK if stop is None or not inside else min(BLOCK, stop - self._at)) if inside else self._stream.readline(BLOCK)
+            self._at += len(block)
+            self._progress(len(block))
+            at_end = not block
+            if is_first:
+                block, is_first = block.removeprefix(codecs.BOM_UTF8), False
+            cut = block.rfind(b"\n") + 1
+            if cut == 0 and not at_end:
+                rest, passed_over = self._extend(rest, block, passed_over)
+                continue
+            if rest or passed_over:
+                end = block.find(b"\n") if cut else 0
+                rest, passed_over = self._extend(rest, block[:end], passed_over)
+                yield _without_return(rest), len(rest) + passed_over
+                begin, rest, passed_over = end + 1, b"", 0
+            else:
+                begin = 0
+            if cut > begin:
+                for line in block[begin : cut - 1].split(b"\n"):
+                    yield _without_return(line), len(line)
+            if at_end:
+                return
+            rest = block[cut:]
+            if not inside or (stop is not None and self._at >= stop and not rest):
+                return
+
+    def _extend(self, rest: bytes | bytearray, block: bytes, passed_over: int) -> tuple[bytes | bytearray, int]:
+        """Return the line so far, and how many bytes of it are not kept any more since it is too long to be a record."""
+        length = len(rest) + len(block)
+        if passed_over or length > self._longest + 2:
+            beginning = bytes(rest[:SHOWN]) + block[: max(0, SHOWN - len(rest))]
+            return beginning, passed_over + length - len(beginning)
+        if isinstance(rest, bytes) and length >= LONG_LINE:
+            rest = bytearray(rest)  # grows in place
+        rest += block
+        return rest, 0
+
+
+def _without_return(line: bytes | bytearray) -> bytes | bytearray:
+    if line.endswith(b"\r"):
+        if isinstance(line, bytes):
+            return line[:-1]
+        del line[-1:]
+    return line
+
+
+def _refuse_repeated_keys(line: bytes | bytearray, document: AugmentedDocument, names: FieldNames) -> None:
+    """Raise RecordError where a key of the record stands twice: JSON parsers keep one value and drop the other without a word.
+
+    Looks for the quoted name of the text's field first, which no text can hold, since quotes in it are escaped.
+    """
+    expected = 1 + (len(document.thoughts) if names.text == "text" else 0)
+    once = line.count(b'"%b"' % names.text.encode()) == expected
+    if once and (not document.thoughts or line.count(b'"thoughts"') == 1):
+        return
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecordError("", f"the key {key!r} stands twice in one object")
+        return dict(pairs)
+
+    json.loads(line, object_pairs_hook=check)
