@@ -41,7 +41,10 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         process = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
         if process.isdigit() and not _is_running(int(process)):
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _is_running(process: int) -> bool:

@@ -7,7 +7,9 @@ dies ends the others, and the command says which it was.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -19,6 +21,18 @@ from tpt_megatron.errors import Stopped, TptError
 WAIT_S = 2.0
 SAME_SIGNAL_S = 2.0
 """Ctrl-C and Slurm signal a whole group of processes, and a parent its workers too: what comes so close together is one signal."""
+
+
+def end_with_parent() -> None:
+    """Have this worker process end at once when the process that started it is gone: killed, it cannot say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class WorkerProcesses:

@@ -11,14 +11,14 @@ import numpy as np
 
 from tpt_megatron.datasets import token_dtype
 from tpt_megatron.preprocess.dataset import JoinedDataset, Part, PartWriter, Row, SourceNumbers, join
-from tpt_megatron.tokenizer import Tokenizer
+from tpt_megatron.tokenizer import TokenizerLike
 
 TrainingSequence = tuple[list[tuple[int, list[int]]], str, str | None, str | None]
 """(segments, id, source, generator)"""
 
 
 def write_dataset(
-    prefix: Path, tokenizer: Tokenizer, sequences: Sequence[TrainingSequence], cuts: Sequence[int] = (), kept: Sequence[bool] | None = None
+    prefix: Path, tokenizer: TokenizerLike, sequences: Sequence[TrainingSequence], cuts: Sequence[int] = (), kept: Sequence[bool] | None = None
 ) -> JoinedDataset:
     """Write PREFIX.*, without a manifest, in parts that are cut before sequences `cuts`; `kept` says which of the sequences stay."""
     dtype = token_dtype(tokenizer.vocabulary_size)

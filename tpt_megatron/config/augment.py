@@ -8,22 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tpt_megatron.config.load import Config, OneOrMore
-from tpt_megatron.records import FieldNames
+from tpt_megatron.config.records import InputFields, OnBadRecord
 
-OnBadRecord = Literal["set_aside", "fail"]
 OutputFormat = Literal["parquet", "jsonl", "jsonl.zst"]
-
-
-class InputFields(Config):
-    """Names of the fields of an input record. A record without `id` gets one made from its text."""
-
-    text: str = "text"
-    id: str = "id"
-    source: str = "source"
-
-    def names(self) -> FieldNames:
-        """Return the names as records take them."""
-        return FieldNames(self.text, self.id, self.source)
 
 
 class Sampling(Config):

@@ -9,8 +9,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tpt_megatron.config.augment import InputFields, OnBadRecord
 from tpt_megatron.config.load import Config, OneOrMore
+from tpt_megatron.config.records import InputFields, OnBadRecord
 from tpt_megatron.tokenizer import END_OF_DOCUMENT
 
 Arm = Literal["vanilla", "append", "prepend", "interleave", "mixed"]

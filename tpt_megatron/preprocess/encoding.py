@@ -37,35 +37,36 @@ TEXT_AT_ONCE = 1_000_000
 """Characters of a batch that Hugging Face's tokenizers is given at once."""
 
 
-def choose_engine(tokenizer: TokenizerLike, wanted: Literal["auto", "fastokens", "tokenizers"], sample: Sequence[str]) -> Engine:
-    """Return what is to tokenise: fastokens where it can, unless `wanted` says otherwise, and a line in the log where it cannot.
+def choose_engine(tokenizer: TokenizerLike, wanted: Literal["auto", "fastokens", "tokenizers"], sample: Sequence[str], *, verify_all: bool = False) -> Encoder:
+    """Return an encoder of the engine that is to tokenise: fastokens where it can, unless `wanted` says otherwise, and a line in the log where it cannot.
 
     Raises MachineError or ConfigError where fastokens is wanted and is not installed, cannot do this tokenizer, or differs on a text of `sample`.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return "sentencepiece"
+        return Encoder(tokenizer, "sentencepiece")
+    reference = Encoder(tokenizer, "tokenizers")
     if wanted == "tokenizers":
-        return "tokenizers"
-    assert isinstance(tokenizer, Tokenizer)
+        return reference
     try:
-        fast = _Fastokens(tokenizer)
+        fast = Encoder(tokenizer, "fastokens")
     except ImportError:
         if wanted == "fastokens":
             raise MachineError("engine=fastokens is not installed; run: pip install fastokens") from None
         logger.info("fastokens is not installed: Hugging Face's tokenizers is used, which takes many times as long")
-        return "tokenizers"
+        return reference
     except ValueError as error:
         if wanted == "fastokens":
             raise ConfigError(f"engine=fastokens cannot do this tokenizer ({error}); give engine=auto") from None
         logger.info("fastokens cannot do this tokenizer (%s): Hugging Face's tokenizers is used", error)
-        return "tokenizers"
-    difference = _difference(sample, fast.encode(sample), _HuggingFace(tokenizer).encode(sample)) if sample else None
+        return reference
+    difference = _difference(sample, fast.encode(sample), reference.encode(sample))
     if difference is None:
-        return "fastokens"
+        fast.verify_all = verify_all
+        return fast
     if wanted == "fastokens":
         raise ConfigError(f"engine=fastokens differs from Hugging Face's tokenizers on a sample of the input: {difference}; give engine=auto")
     logger.warning("fastokens differs from Hugging Face's tokenizers on a sample of the input: %s; Hugging Face's tokenizers is used", difference)
-    return "tokenizers"
+    return reference
 
 
 class Encoder:
@@ -74,7 +75,7 @@ class Encoder:
     def __init__(self, tokenizer: TokenizerLike, engine: Engine, *, verify_all: bool = False) -> None:
         self.engine: Engine = engine
         self._tokenizer = tokenizer
-        self._verify_all = verify_all and engine == "fastokens"
+        self.verify_all = verify_all and engine == "fastokens"
         self._encode: _Fastokens | _HuggingFace | _SentencePiece
         if isinstance(tokenizer, SentencePieceTokenizer):
             self._encode = _SentencePiece(tokenizer)
@@ -85,7 +86,7 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> Batch:
         """Return the ids of all texts, and where each text's begin."""
         made = self._encode.encode(texts)
-        if not self._verify_all:
+        if not self.verify_all:
             return made
         assert isinstance(self._tokenizer, Tokenizer)
         reference = _HuggingFace(self._tokenizer)
@@ -93,7 +94,7 @@ class Encoder:
         difference = _difference(texts, made, expected)
         if difference is not None:
             logger.warning("fastokens differs from Hugging Face's tokenizers: %s; Hugging Face's tokenizers is used from here on", difference)
-            self._encode, self.engine, self._verify_all = reference, "tokenizers", False
+            self._encode, self.engine, self.verify_all = reference, "tokenizers", False
         return expected
 
     def encode_long(self, pieces: Iterable[str]) -> Iterator[tuple[str, Ids]]:

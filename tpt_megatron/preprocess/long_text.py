@@ -51,8 +51,11 @@ class LongText:
         shortest = end if end == len(self._literal) else max(begin + 1, end - LONGEST_CHARACTER + 1)
         for stop in range(end, shortest, -1):
             with suppress(orjson.JSONDecodeError):
-                return orjson.loads(b'"%b"' % self._literal[begin:stop]), stop
-        return orjson.loads(b'"%b"' % self._literal[begin:shortest]), shortest
+                return self._decode(begin, stop), stop
+        return self._decode(begin, shortest), shortest
+
+    def _decode(self, begin: int, stop: int) -> str:
+        return str(orjson.loads(b"".join((b'"', self._literal[begin:stop], b'"'))))
 
     def __getitem__(self, span: slice) -> LongText:
         stop = self._stop if span.stop is None else self._start + span.stop

@@ -10,6 +10,7 @@ OUTPUT/pieces/00012/piece.json       counts, sources, sizes
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,14 @@ class PieceWorker:
 
     def run(self, piece: Piece, progress: Any = lambda amount: None) -> None:
         """Make the piece's folder. Raises DataError for an input that cannot be read, RecordError under on_bad_record=fail."""
+        try:
+            self._make(piece, progress)
+        except OSError as error:
+            # A worker whose parent was killed may have ended this piece just before it saw that.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def _make(self, piece: Piece, progress: Any) -> None:
         place = locate(self._plan.inputs[piece.file][0])
         with whole_folder(self._config.output / "pieces" / piece.name) as folder:
             with ExitStack() as stack:

@@ -17,12 +17,14 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
@@ -35,10 +37,10 @@ from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
 from tpt_megatron.preprocess.finish import finish
 from tpt_megatron.preprocess.pieces import FinishedPiece, PieceWorker, splits
 from tpt_megatron.preprocess.plan import Piece, Plan, make_plan, part_of
-from tpt_megatron.processes import WorkerProcesses
+from tpt_megatron.processes import WorkerProcesses, end_with_parent
 from tpt_megatron.record_files import expand_inputs, read_rows, refuse_inputs_in_output
 from tpt_megatron.records import read_augmented
-from tpt_megatron.storage import LocalLocation, Location, explain
+from tpt_megatron.storage import LocalLocation, Location, explain, remove_unfinished
 from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,8 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
         kept = _kept_pieces(config, plan, pending)
         todo = [piece for piece in part_of(plan, number, count) if piece.number not in kept]
         if todo:
-            engine = choose_engine(tokenizer, config.engine, _sample(config, inputs))
-            _work(config, plan, pending, tokenizer, engine, todo)
+            encoder = choose_engine(tokenizer, config.engine, _sample(config, inputs), verify_all=config.verify == "full")
+            _work(config, plan, pending, tokenizer, encoder, todo)
         if config.shard is not None:
             logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
             return {}
@@ -138,7 +140,7 @@ def _finished_arms(config: PreprocessConfig, tokenizer: TokenizerLike, inputs: l
 
 def _finished_arm(config: PreprocessConfig, arm: Arm, tokenizer: TokenizerLike, inputs: list[Location]) -> dict[str, Manifest]:
     folder, manifests = config.output / arm, {}
-    remove_leftovers(folder)
+    remove_unfinished(LocalLocation(folder))
     settings = _settings(config, tokenizer)
     for path in sorted(folder.glob("*.manifest.json")):
         manifest = read_manifest(path, MANIFEST_KIND)
@@ -231,16 +233,15 @@ def _sample(config: PreprocessConfig, inputs: list[Location]) -> list[str]:
     return texts
 
 
-def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: TokenizerLike, engine: Engine, todo: list[Piece]) -> None:
+def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: TokenizerLike, encoder: Encoder, todo: list[Piece]) -> None:
     if config.workers == 1:
-        encoder = Encoder(tokenizer, engine, verify_all=config.verify == "full")
         worker = PieceWorker(config, plan, arms, tokenizer, encoder)
         with progress_bar("preprocess", sum(_bytes(plan, piece) for piece in todo)) as bar:
             for piece in todo:
                 worker.run(piece, bar.advance)
         return
     taken = multiprocessing.get_context("spawn").Value("q", 0)
-    work = partial(_be_worker, config, plan, arms, engine, todo, taken)
+    work = partial(_be_worker, config, plan, arms, encoder.engine, todo, taken)
     shown = 0
     with WorkerProcesses(work, min(config.workers, len(todo))) as processes, progress_bar("preprocess", len(todo)) as bar:
         while processes.are_at_work():
@@ -248,6 +249,10 @@ def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: Toke
             bar.advance(finished - shown)
             shown = finished
     processes.check()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
 
 
 def _bytes(plan: Plan, piece: Piece) -> int:
@@ -258,6 +263,9 @@ def _bytes(plan: Plan, piece: Piece) -> int:
 def _be_worker(config: PreprocessConfig, plan: Plan, arms: list[Arm], engine: Engine, todo: list[Piece], taken: Synchronized[int], number: int) -> None:
     """Be one worker process: take the next piece that nobody has taken, until there is none."""
     set_up_logging()
+    end_with_parent()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, _stop)
     try:
         tokenizer = load_tokenizer(str(config.output / "pieces" / read_json(config.output / "pieces/run.json")["tokenizer"]), config.end_of_document)
         worker = PieceWorker(config, plan, arms, tokenizer, Encoder(tokenizer, engine, verify_all=config.verify == "full"))
