@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -117,6 +118,8 @@ def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
     Over many machines: shard=3/64 does the third of 64 parts, and `tpt preprocess merge OUTPUT [FOLDER]...` joins what they made in OUTPUT, and
     in the outputs FOLDER of machines that share no disk.
     """
+    # No linear algebra here: numpy's library for it would start threads that spin for a tenth of a second in each process.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if config == "merge":
         from tpt_megatron.errors import UsageError
         from tpt_megatron.preprocess.runner import merge
