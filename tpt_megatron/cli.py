@@ -137,6 +137,23 @@ def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
         _print_counts(prefix, manifest.counts)
 
 
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PREFIX", help="A dataset without its ending, as data/append/train, or an output folder of tpt preprocess.")],
+    documents: Annotated[int, typer.Option(min=0, metavar="N", help="How many of the first documents to show.")] = 3,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw lengths and sources: a .png, .svg or .pdf file.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, bound and count instead; exit code 1 if anything is wrong.")] = False,
+) -> None:
+    """Show what a token dataset holds: counts by part and source, lengths, and its first documents."""
+    from rich.console import Console
+
+    from tpt_megatron.inspection.show import inspect_path
+
+    if plot is not None:
+        _require("matplotlib", extra="report")
+    inspect_path(path, Console(width=None if sys.stdout.isatty() else 160), documents=documents, plot=plot, check=verify)
+
+
 @app.command(epilog=_keys("train"))
 def train(config: ConfigName, overrides: Overrides = None) -> None:
     """Pretrain a GPT on a token dataset: one process, or one rank under torchrun."""

@@ -1,0 +1,1 @@
+"""Inspection: what a token dataset holds, shown and verified."""
