@@ -190,8 +190,8 @@ class SentencePieceTokenizer:
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of `text`, and for each the character that it ends before."""
-        pieces = self.processor.EncodeAsImmutableProto(text).pieces
-        return [piece.id for piece in pieces], [piece.end for piece in pieces]
+        mapping = self.processor.EncodeAsOffsetMapping(text)
+        return mapping["ids"], [end for _, end in mapping["offsets"]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control symbols, which SentencePiece decodes to nothing, are spelled out."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -101,8 +102,8 @@ class Encoder:
         """Yield (a part of the text, its ids); together the text that comes in `pieces`, and the ids that it has as a whole.
 
         The text is cut where encoding what stands around the cut as a whole and as two gives the same. That is exact for
-        tokenizers that look at nothing further away than CONTEXT characters, as pre-tokenizers do that split a text by patterns
-        from left to right; where no such cut is found, the window grows, to the whole text if need be.
+        tokenizers that look ahead no further than CONTEXT characters, as pre-tokenizers do that split a text by patterns from
+        left to right; where no such cut is found, the window grows, to the whole text if need be.
         """
         waiting: list[str] = []
         length, wanted = 0, WINDOW[self.engine]
@@ -123,12 +124,15 @@ class Encoder:
 
     def _safe_cut(self, text: str, latest: int) -> int | None:
         """Return a place at or before `latest` where the text may be cut; None where none was found."""
-        for cut in _candidates(text, latest):
-            left, right = text[max(0, cut - CONTEXT) : cut], text[cut : cut + CONTEXT]
-            ids, bounds = self._encode.encode([left + right, left, right])
-            if np.array_equal(ids[: bounds[1]], ids[bounds[1] :]):
+        for cut in _between_words(text, latest):
+            if self._may_cut(text[max(0, cut - CONTEXT) : cut + CONTEXT], min(cut, CONTEXT)):
                 return cut
-        return None
+        # Within a run of anything (digits in groups of three, say) what stands before it decides, so all of it is encoded.
+        return next((cut for cut in range(latest, latest - CUTS_TRIED, -1) if self._may_cut(text[: cut + CONTEXT], cut)), None)
+
+    def _may_cut(self, text: str, cut: int) -> bool:
+        ids, bounds = self._encode.encode([text, text[:cut], text[cut:]])
+        return np.array_equal(ids[: bounds[1]], ids[bounds[1] :])
 
     def token_ends(self, text: str, ids: Ids) -> npt.NDArray[np.int64]:
         """Return, for each of the ids of `text`, how many whole characters of it that token and those before it cover: [tokens]."""
@@ -162,15 +166,19 @@ class Encoder:
         return lengths
 
 
-def _candidates(text: str, latest: int) -> Iterator[int]:
-    """Yield places to cut at, the likely ones first: before a line's first character, before a space and a word, anywhere."""
-    for before, after in (("\n", lambda c: not c.isspace()), ("", lambda c: c == " "), ("", lambda c: True)):
-        cut, tried = latest, 0
-        while cut > latest // 2 and tried < CUTS_TRIED:
-            if text[cut - 1 : cut].endswith(before) and after(text[cut : cut + 1]) and (before or not text[cut - 1].isspace()):
-                tried += 1
-                yield cut
-            cut -= 1
+def _between_words(text: str, latest: int) -> Iterator[int]:
+    """Yield some places before a line's first character, and then before a space and a word: where pre-tokenizers cut whatever came before."""
+    for is_one in (_begins_line, _ends_word):
+        places = (cut for cut in range(latest, latest // 2, -1) if is_one(text, cut))
+        yield from islice(places, CUTS_TRIED)
+
+
+def _begins_line(text: str, at: int) -> bool:
+    return text[at - 1] == "\n" and not text[at].isspace()
+
+
+def _ends_word(text: str, at: int) -> bool:
+    return text[at] == " " and not text[at - 1].isspace() and not text[at + 1].isspace()
 
 
 def _difference(texts: Sequence[str], made: Batch, expected: Batch) -> str | None:
@@ -241,7 +249,7 @@ class _SentencePiece:
 
     def encode(self, texts: Sequence[str]) -> Batch:
         """Encode."""
-        return _flat([np.array(ids, np.uint32) for ids in self._processor.EncodeAsIds(list(texts), num_threads=1)])
+        return _flat([self._processor.EncodeAsNumpy(text).astype(np.uint32) for text in texts])
 
 
 def _flat(made: list[Ids]) -> Batch:

@@ -125,6 +125,9 @@ class PieceWorker:
         self._fingerprint = plan.fingerprint()
         self._eod_id, self._dtype = tokenizer.eod_id, token_dtype(tokenizer.vocabulary_size)
         self._encoder = encoder
+        # True of none that marks it as special, and of none of the usual byte-level ones.
+        reads_it = tokenizer.eod_id in tokenizer.encode(tokenizer.end_of_document)
+        self._refused_text = tokenizer.end_of_document if reads_it else None
         self._delimiters = delimiter_ids(config.delimiters, tokenizer)
         self._with_thoughts = set(arms) != {"vanilla"}
         self._interleaves = "interleave" in arms or ("mixed" in arms and config.mixed.get("interleave", 0) > 0)
@@ -156,6 +159,7 @@ class PieceWorker:
                     self._line_numbers,
                     progress,
                     checks_offsets=self._interleaves,
+                    refused_text=self._refused_text,
                 )
                 for batch in reader.batches():
                     at_work.add_long(batch) if isinstance(batch, LongDocument) else at_work.add(batch)

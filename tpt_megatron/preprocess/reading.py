@@ -69,7 +69,8 @@ class LineNumbers:
 class PieceReader:
     """Reads the records of one piece; `counts` holds when `batches` is exhausted. `progress` hears of bytes.
 
-    checks_offsets: a thought that is not about its document is a bad record.
+    checks_offsets: a thought that is not about its document is a bad record
+    refused_text: the end-of-document token's spelling, where this tokenizer reads it in a text as that token
     """
 
     place: Location
@@ -80,6 +81,7 @@ class PieceReader:
     line_numbers: LineNumbers
     progress: Callable[[int], object]
     checks_offsets: bool = False
+    refused_text: str | None = None
     counts: LineCounts = field(default_factory=LineCounts)
     _first_line: int = 0  # byte at which the first line of the piece begins
 
@@ -120,7 +122,7 @@ class PieceReader:
             self.counts.lines_read += 1
             try:
                 document = read_augmented(row.parse(), row.where, self.names)
-                self._check_offsets(document, row.where, len(document.document.text))
+                self._check(document, row.where, len(document.document.text))
             except RecordError as error:
                 yield row.line(), error
             else:
@@ -154,18 +156,21 @@ class PieceReader:
         if isinstance(line, bytearray):
             split = split_long_line(line, self.names.text, "")
             if split is not None:
-                return self._read_long(*split)
+                return self._read_long(line, *split)
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:
             value = parse_json_line(bytes(line), "")
         document = read_augmented(value, "", self.names)
         _refuse_repeated_keys(line, document, self.names)
-        self._check_offsets(document, "", len(document.document.text))
+        self._check(document, "", len(document.document.text))
         return document
 
-    def _check_offsets(self, document: AugmentedDocument, where: str, length: int) -> None:
-        """Raise RecordError for a thought that is not about this text; where thoughts are put at what they saw, they would be misplaced."""
+    def _check(self, document: AugmentedDocument, where: str, length: int) -> None:
+        """Raise RecordError for a text that would end its document early, and for a thought that would be misplaced, since it is not about this text."""
+        refused = self.refused_text
+        if refused is not None and any(refused in text for text in (document.document.text, *(thought.text for thought in document.thoughts))):
+            raise RecordError(where, _spells(refused))
         if not self.checks_offsets:
             return
         for number, thought in enumerate(document.thoughts, 1):
@@ -175,7 +180,7 @@ class PieceReader:
             if other:
                 raise RecordError(where, f"thought {number} is about another text (document_hash {thought.document_hash})")
 
-    def _read_long(self, record: Any, text: LongText) -> LongDocument:
+    def _read_long(self, line: bytearray, record: Any, text: LongText) -> LongDocument:
         try:
             length, blank, sha256 = text.measure()
         except orjson.JSONDecodeError as error:
@@ -188,7 +193,9 @@ class PieceReader:
                 record[self.names.id] = sha256[:32]
         document = read_augmented(record, "", self.names)
         bare = replace(document, document=replace(document.document, text=""))
-        self._check_offsets(bare, "", length)
+        self._check(bare, "", length)
+        if self.refused_text is not None and line.find(orjson.dumps(self.refused_text)[1:-1]) != -1:
+            raise RecordError("", _spells(self.refused_text))
         return LongDocument(bare, text, length, sha256)
 
 
@@ -262,6 +269,10 @@ def _without_return(line: bytes | bytearray) -> bytes | bytearray:
             return line[:-1]
         del line[-1:]
     return line
+
+
+def _spells(refused: str) -> str:
+    return f"the text spells {refused!r}, which this tokenizer reads as the end of the document"
 
 
 def _refuse_repeated_keys(line: bytes | bytearray, document: AugmentedDocument, names: FieldNames) -> None:

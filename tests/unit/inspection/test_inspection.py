@@ -82,7 +82,7 @@ def test_a_dataset_is_shown_with_its_parts_marked(prefix: Path) -> None:
     assert "\x1b[" not in text
     coloured = shown(prefix, coloured=True)
     assert "⟦" not in coloured
-    assert coloured.split("text 1 text 1 ")[1].startswith("\x1b[36m\n")
+    assert coloured.split("text 1 text 1 ")[1].startswith("\n\x1b[36m<think>")
 
 
 def test_a_long_document_is_cut_in_its_middle_and_control_characters_are_spelled(prefix: Path) -> None:

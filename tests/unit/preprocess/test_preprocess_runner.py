@@ -369,3 +369,22 @@ def test_no_documents_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"change validation_fraction=0\.5"):
         run_preprocess(config(tmp_path, validation_fraction=0.5))
     assert not [name for name in files_of(tmp_path / "out") if not name.startswith("pieces/")]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_text_that_this_tokenizer_would_read_as_an_end_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
+    if long:
+        monkeypatch.setattr(reading, "LONG_LINE", 30)
+        monkeypatch.setattr(reading, "BLOCK", 64)
+        monkeypatch.setattr(long_text, "LONG_LINE", 20)
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, [("a a a a a a a a a a", []), ("a a a a a </s> a a a a", []), ("a </sa> a a a a a a a a", [])])
+    given = {"tokenizer": str(tmp_path / "tokenizer.json"), "end_of_document": "</s>", "arms": ["vanilla"]}
+    counts = run_preprocess(config(tmp_path, **given))["vanilla/train"].counts
+    assert (counts["documents"], counts["bad_records"]) == (2, 1)
+    (entry,) = [json.loads(line) for line in (tmp_path / "out/bad_records.jsonl").read_text().splitlines()]
+    assert entry["where"].endswith("in.jsonl:2")
+    assert entry["reason"] == "the text spells '</s>', which this tokenizer reads as the end of the document"
+    assert (open_dataset(tmp_path / "out/vanilla/train").tokens == 2).sum() == 2
