@@ -20,8 +20,9 @@ from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.datasets import open_dataset
 from tpt_megatron.errors import DataError, RecordError
-from tpt_megatron.preprocess.dataset import DatasetWriter
+from tpt_megatron.preprocess import finish
 from tpt_megatron.preprocess.runner import run_preprocess
+from tpt_megatron.records import text_id
 
 GOOD = b'{"text": "good", "mind": "m"}'
 BAD = {
@@ -51,10 +52,10 @@ def preprocess(folder: Path, **changes: Any) -> PreprocessConfig:
 
 
 def finished(folder: Path) -> dict[str, bytes]:
-    """What a stage says is done: all files, but for the plan and the claims of an augmentation at work."""
+    """What a stage says is done: all files, but for the plan, the claims of an augmentation, and a preprocessing's notes on itself."""
     if not folder.exists():
         return {}
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "plan.json" and path.parent.name != "claims")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "plan.json" and path.parent.name not in ("claims", "pieces"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -124,7 +125,7 @@ def test_a_cut_off_compressed_input_stops_the_run_and_nothing_is_finished(tmp_pa
     for run in (lambda: run_augment(augment(tmp_path, input=str(path))), lambda: run_preprocess(preprocess(tmp_path, input=str(path)))):
         with pytest.raises(DataError, match="damaged or cut off after line"):
             run()
-        assert finished(tmp_path / "out") == {}
+        assert not [name for name in finished(tmp_path / "out") if not name.startswith("pieces/")]
 
 
 def test_ten_bad_records_are_named_and_the_rest_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,16 +265,80 @@ def test_an_error_in_the_middle_keeps_finished_shards_and_leaves_no_half_written
     assert counts_of(config)["documents"] == 2
 
 
-def test_an_error_while_datasets_are_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_datasets_are_joined_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.jsonl").write_bytes(GOOD)
-    original = DatasetWriter.finish
+    original = finish.join
 
-    def finish(self: DatasetWriter) -> list[Path]:
-        if self.prefix.parent.name == "append":
+    def join(parts: Any, prefix: Path, *others: Any) -> Any:
+        if prefix.parent.name == "append":
             raise OSError(28, "No space left on device")
-        return original(self)
+        return original(parts, prefix, *others)
 
-    monkeypatch.setattr(DatasetWriter, "finish", finish)
-    with pytest.raises(OSError, match="No space left"):
-        run_preprocess(preprocess(tmp_path))
-    assert finished(tmp_path / "out") == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "join", join)
+        with pytest.raises(OSError, match="No space left"):
+            run_preprocess(preprocess(tmp_path))
+    assert not [name for name in finished(tmp_path / "out") if not name.startswith("pieces/")]
+    assert run_preprocess(preprocess(tmp_path))["append/train"].counts["documents"] == 1
+
+
+PREPROCESS_BAD = {line: reason for line, reason in BAD.items() if reason != AUGMENT_ONLY} | {
+    b'{"text": "a", "text": "b"}': "the key 'text' stands twice",
+    b'{"text": "a", "source": 7}': "field 'source' must be a string, found int",
+    b'{"text": " \\n\\t "}': "field 'text' is empty",
+    b'{"text": "a", "thoughts": "b"}': "field 'thoughts' must be a list",
+    b'{"text": "a"} {"text": "b"}': "not valid JSON",
+    b"\xff\xfe{\x00": "not valid UTF-8",
+    b'{"text": "' + b"x" * 3_000_000 + b'"}': "the record has 3,000,012 bytes",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_what_went_in_came_out_or_was_set_aside_and_the_manifest_proves_it(tmp_path: Path, ending: str, workers: int) -> None:
+    """Every kind of malformed line, each among hundreds of good ones, blank lines and CRLF, cut into pieces, in every kind of file."""
+    lines: list[bytes] = []
+    for line in PREPROCESS_BAD:
+        lines += [b'{"text": "good %d"}%s' % (len(lines) + i, b"\r" if i % 2 else b"") for i in range(300)] + [b"", line]
+    data = b"\xef\xbb\xbf" + b"\n".join(lines)
+    pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}[ending]
+    path = tmp_path / f"in.{ending}"
+    path.write_bytes(pack(data))
+    (tmp_path / "empty.jsonl").touch()
+    given = {"input": [str(path), str(tmp_path / "empty.jsonl")], "piece_megabytes": 0.01, "workers": workers, "max_record_megabytes": 2}
+    counts = run_preprocess(preprocess(tmp_path, **given))["append/train"].counts
+    assert counts["lines_read"] == len(lines) == counts["documents"] + counts["bad_records"] + counts["blank_lines"]
+    assert (counts["bad_records"], counts["blank_lines"]) == (len(PREPROCESS_BAD), len(PREPROCESS_BAD))
+    entries = [json.loads(entry) for entry in (tmp_path / "out/bad_records.jsonl").read_text().splitlines()]
+    for entry, (line, reason) in zip(entries, PREPROCESS_BAD.items(), strict=True):
+        assert entry["where"] == f"{path}:{lines.index(line) + 1}"
+        assert reason in entry["reason"]
+        set_aside = base64.b64decode(entry["base64"]) if "base64" in entry else entry["line"].encode()
+        assert set_aside == (line if len(line) < 2_000_000 else line[:4096])
+    ids = [row["id"] for row in pq.read_table(tmp_path / "out/append/train.documents.parquet").to_pylist()]
+    assert ids == [text_id(json.loads(line)["text"]) for line in lines if line.startswith(b'{"text": "good')]
+
+
+@pytest.mark.parametrize("line", PREPROCESS_BAD, ids=lambda line: repr(line[:24]))
+def test_under_fail_preprocess_names_file_and_line_in_any_piece(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "in.jsonl").write_bytes((GOOD + b"\n") * 500 + line + b"\n" + GOOD)
+    with pytest.raises(RecordError, match=r"in\.jsonl:501: ") as caught:
+        run_preprocess(preprocess(tmp_path, on_bad_record="fail", piece_megabytes=0.002, max_record_megabytes=2))
+    assert PREPROCESS_BAD[line] in caught.value.reason
+    assert not list((tmp_path / "out").glob("*/*.manifest.json"))
+
+
+def test_parquet_rows_that_preprocess_cannot_use_are_set_aside_by_row_and_damaged_files_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": pa.array(["good", None, "", "good", "good"] * 40)}), path, row_group_size=20)
+    counts = run_preprocess(preprocess(tmp_path, input=str(path), piece_megabytes=0.0001, workers=2))["vanilla/train"].counts
+    assert (counts["lines_read"], counts["documents"], counts["bad_records"]) == (200, 120, 80)
+    places = [json.loads(entry)["where"] for entry in (tmp_path / "out/bad_records.jsonl").read_text().splitlines()]
+    assert places == [f"{path}:row {row}" for row in range(1, 201) if row % 5 in (2, 3)]
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])
+    with pytest.raises(DataError, match=r"in\.parquet: not a whole Parquet file"):
+        run_preprocess(preprocess(tmp_path, input=str(path), output=tmp_path / "cut"))
+    path.write_bytes(data[:60] + bytes(100) + data[160:])
+    with pytest.raises(DataError, match=r"in\.parquet: damaged after row \d+"):
+        run_preprocess(preprocess(tmp_path, input=str(path), output=tmp_path / "damaged"))
