@@ -17,8 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-import fsspec
-
 from tpt_megatron.errors import ConfigError, DataError, MachineError, TptError
 
 
@@ -322,6 +320,8 @@ def locate(place: str | Path | Location) -> Location:
     protocol = text.split("://", 1)[0]
     if protocol in ("file", "local"):
         return LocalLocation(Path(text.split("://", 1)[1]))
+    import fsspec  # here, since most runs are local and it takes a while to load
+
     try:
         fs, path = fsspec.core.url_to_fs(text)
     except ImportError as error:

@@ -16,6 +16,7 @@ from tpt_megatron.convert.families import llama
 from tpt_megatron.errors import CheckpointError, ConversionError, MachineError, UsageError
 from tpt_megatron.files import whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
+from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5_000_000_000
@@ -136,10 +137,13 @@ def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -
     """Take the tokenizer over, when the run's data had one. Without tokenizer_config.json transformers 4.57 would put a BOS first."""
     if record.tokenizer is None:
         return
-    source = checkpoint / "tokenizer.json"
+    if (checkpoint / SENTENCEPIECE_MODEL).is_file():
+        shutil.copyfile(checkpoint / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
+        return
+    source = checkpoint / TOKENIZER_JSON
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file, but tpt.json names a tokenizer; the checkpoint is incomplete")
-    shutil.copyfile(source, folder / "tokenizer.json")
+    shutil.copyfile(source, folder / TOKENIZER_JSON)
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -23,6 +23,7 @@ from tpt_megatron.storage import Location
 BLOCK = 4_000_000  # bytes
 DOCUMENTS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 4_000_000
+_CARRIAGE_RETURN, _WHITE_SPACE = 0x0D, b" \t\r\v\f"
 SHOWN = 4096
 """Bytes that are kept of a record which is too long."""
 
@@ -133,15 +134,15 @@ class PieceReader:
             lines = _Lines(decompressed(file, self.place.name), self.longest, self.progress)
             self._first_line = lines.skip_to(self.piece.start) if self.piece.start else 0
             stop = None if is_compressed(self.place.name) else self.piece.stop
-            for line, length in lines.until(stop):
+            for line in lines.until(stop):
                 self.counts.lines_read += 1
-                if not line or line.isspace():
+                if line.is_blank():
                     self.counts.blank_lines += 1
                     continue
                 try:
-                    document = self._read_line(line, length)
+                    document = self._read_line(line)
                 except RecordError as error:
-                    yield bytes(line), RecordError(f"{self.place}:{self._number()}", error.reason)
+                    yield bytes(line.view()), RecordError(f"{self.place}:{self._number()}", error.reason)
                 else:
                     yield document
 
@@ -150,17 +151,17 @@ class PieceReader:
         before = self.line_numbers.before(self.place, self._first_line) if self._first_line else 0
         return before + self.counts.lines_read
 
-    def _read_line(self, line: bytes | bytearray, length: int) -> AugmentedDocument | LongDocument:
-        if length > self.longest:
-            raise RecordError("", too_long(length, self.longest))
-        if isinstance(line, bytearray):
-            split = split_long_line(line, self.names.text, "")
+    def _read_line(self, line: _Line) -> AugmentedDocument | LongDocument:
+        if line.length > self.longest:
+            raise RecordError("", too_long(line.length, self.longest))
+        if isinstance(line.data, bytearray):
+            split = split_long_line(line.data, self.names.text, "")
             if split is not None:
-                return self._read_long(line, *split)
+                return self._read_long(line.data, *split)
         try:
-            value = orjson.loads(line)
+            value = orjson.loads(line.view())
         except orjson.JSONDecodeError:
-            value = parse_json_line(bytes(line), "")
+            value = parse_json_line(bytes(line.view()), "")
         document = read_augmented(value, "", self.names)
         _refuse_repeated_keys(line, document, self.names)
         self._check(document, "", len(document.document.text))
@@ -199,8 +200,31 @@ class PieceReader:
         return LongDocument(bare, text, length, sha256)
 
 
+class _Line:
+    """A line without its end: data[begin:end], not copied out of the block that it was read with. `length`: of all of it, where less was kept."""
+
+    __slots__ = ("begin", "data", "end", "length")
+
+    def __init__(self, data: bytes | bytearray, begin: int, end: int, passed_over: int = 0) -> None:
+        if end > begin and data[end - 1] == _CARRIAGE_RETURN:
+            end -= 1
+        self.data, self.begin, self.end, self.length = data, begin, end, end - begin + passed_over
+
+    def view(self) -> memoryview:
+        """Return the line's bytes."""
+        return memoryview(self.data)[self.begin : self.end]
+
+    def is_blank(self) -> bool:
+        """Say whether there is nothing but white space in it."""
+        return self.begin == self.end or (self.data[self.begin] in _WHITE_SPACE and bytes(self.view()).isspace())
+
+    def count(self, part: bytes) -> int:
+        """Return how often `part` occurs in it."""
+        return self.data.count(part, self.begin, self.end)
+
+
 class _Lines:
-    """Lines of a stream, read in blocks. A line of LONG_LINE bytes or more comes as a bytearray; of one over `longest` only the beginning."""
+    """Lines of a stream, read in blocks. A line of LONG_LINE bytes or more has a bytearray of its own; of one over `longest` only the beginning is kept."""
 
     def __init__(self, stream: IO[bytes], longest: int, progress: Callable[[int], object]) -> None:
         self._stream, self._longest, self._progress = stream, longest, progress
@@ -216,8 +240,8 @@ class _Lines:
                 break
         return self._at
 
-    def until(self, stop: int | None) -> Iterator[tuple[bytes | bytearray, int]]:
-        """Yield (line without its end, its length in bytes) of every line that begins before byte `stop`, or of all."""
+    def until(self, stop: int | None) -> Iterator[_Line]:
+        """Yield every line that begins before byte `stop`, or all."""
         if stop is not None and self._at >= stop:
             return
         rest: bytes | bytearray = b""
@@ -238,13 +262,14 @@ class _Lines:
             if rest or passed_over:
                 end = block.find(b"\n") if cut else 0
                 rest, passed_over = self._extend(rest, block[:end], passed_over)
-                yield _without_return(rest), len(rest) + passed_over
+                yield _Line(rest, 0, len(rest), passed_over)
                 begin, rest, passed_over = end + 1, b"", 0
             else:
                 begin = 0
-            if cut > begin:
-                for line in block[begin : cut - 1].split(b"\n"):
-                    yield _without_return(line), len(line)
+            while begin < cut:
+                end = block.find(b"\n", begin)
+                yield _Line(block, begin, end)
+                begin = end + 1
             if at_end:
                 return
             rest = block[cut:]
@@ -263,19 +288,11 @@ class _Lines:
         return rest, 0
 
 
-def _without_return(line: bytes | bytearray) -> bytes | bytearray:
-    if line.endswith(b"\r"):
-        if isinstance(line, bytes):
-            return line[:-1]
-        del line[-1:]
-    return line
-
-
 def _spells(refused: str) -> str:
     return f"the text spells {refused!r}, which this tokenizer reads as the end of the document"
 
 
-def _refuse_repeated_keys(line: bytes | bytearray, document: AugmentedDocument, names: FieldNames) -> None:
+def _refuse_repeated_keys(line: _Line, document: AugmentedDocument, names: FieldNames) -> None:
     """Raise RecordError where a key of the record stands twice: JSON parsers keep one value and drop the other without a word.
 
     Looks for the quoted name of the text's field first, which no text can hold, since quotes in it are escaped.
@@ -292,4 +309,4 @@ def _refuse_repeated_keys(line: bytes | bytearray, document: AugmentedDocument, 
                 raise RecordError("", f"the key {key!r} stands twice in one object")
         return dict(pairs)
 
-    json.loads(line, object_pairs_hook=check)
+    json.loads(bytes(line.view()), object_pairs_hook=check)

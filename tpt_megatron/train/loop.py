@@ -17,6 +17,7 @@ from tpt_megatron.log import progress_bar
 from tpt_megatron.mcore import checkpoint, groups
 from tpt_megatron.mcore.engine import Engine, LossSums
 from tpt_megatron.mcore.model import count_parameters
+from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 from tpt_megatron.train.data import SequenceOrder, step_batches
 from tpt_megatron.train.metrics import MetricsFile, git_revision, versions
 from tpt_megatron.train.schedule import learning_rate
@@ -178,7 +179,7 @@ class Run:
         config, details = self._config, self._data.train.details
         keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
         tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
-        tokenizer_file = Path(f"{config.data.train}.tokenizer.json")
+        beside = {name: Path(f"{config.data.train}.{name}") for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
         checkpoint.save_checkpoint(
             self._engine,
             self._checkpoints,
@@ -192,7 +193,7 @@ class Run:
                 "tokenizer": tokenizer,
                 "data": self._data_fingerprint(),
             },
-            {"tokenizer.json": tokenizer_file} if tokenizer_file.is_file() else {},
+            {name: path for name, path in beside.items() if path.is_file()},
         )
 
     def _describe_run(self) -> None:
