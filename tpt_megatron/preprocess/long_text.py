@@ -22,24 +22,25 @@ LONGEST_CHARACTER = 12
 _BACKSLASH = 0x5C
 
 
-class LongText:
-    """The text that a JSON string literal spells: characters [start, stop) of it. `len`, `sha256` and `pieces` are those of that text."""
+class StringText:
+    """A text that is held as it is, to be worked off in pieces."""
 
-    def __init__(self, literal: memoryview, start: int = 0, stop: int | None = None) -> None:
-        self._literal, self._start, self._stop = literal, start, stop
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces of at most a million characters."""
+        return (self._text[begin : begin + DECODED_AT_ONCE] for begin in range(0, len(self._text), DECODED_AT_ONCE))
+
+
+class LongText:
+    """The text that a JSON string literal spells."""
+
+    def __init__(self, literal: memoryview) -> None:
+        self._literal = literal
 
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces of at most a million characters. Raises orjson.JSONDecodeError where it is no JSON."""
-        at = 0
-        for piece in self._decoded():
-            first, last = max(0, self._start - at), len(piece) if self._stop is None else min(len(piece), self._stop - at)
-            if first < last:
-                yield piece[first:last]
-            at += len(piece)
-            if self._stop is not None and at >= self._stop:
-                return
-
-    def _decoded(self) -> Iterator[str]:
         begin = 0
         while begin < len(self._literal):
             piece, begin = self._decode_some(begin)
@@ -56,10 +57,6 @@ class LongText:
 
     def _decode(self, begin: int, stop: int) -> str:
         return str(orjson.loads(b"".join((b'"', self._literal[begin:stop], b'"'))))
-
-    def __getitem__(self, span: slice) -> LongText:
-        stop = self._stop if span.stop is None else self._start + span.stop
-        return LongText(self._literal, self._start + (span.start or 0), stop)
 
     def measure(self) -> tuple[int, bool, str]:
         """Decode all of it once; return its characters, whether all of them are white space, and the SHA-256 of its UTF-8."""

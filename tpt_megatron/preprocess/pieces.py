@@ -33,7 +33,8 @@ from tpt_megatron.preprocess.compose import DelimiterIds, in_validation, plain_a
 from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
 from tpt_megatron.preprocess.delimiters import delimiter_ids
 from tpt_megatron.preprocess.duplicates import NearKeys, exact_key
-from tpt_megatron.preprocess.encoding import Encoder
+from tpt_megatron.preprocess.encoding import WINDOW, Encoder
+from tpt_megatron.preprocess.long_text import StringText
 from tpt_megatron.preprocess.plan import Piece, Plan
 from tpt_megatron.preprocess.reading import Batch, LineNumbers, LongDocument, PieceReader
 from tpt_megatron.records import AugmentedDocument, Thought
@@ -160,6 +161,7 @@ class PieceWorker:
                     progress,
                     checks_offsets=self._interleaves,
                     refused_text=self._refused_text,
+                    longest_text=WINDOW[self._encoder.engine],
                 )
                 for batch in reader.batches():
                     at_work.add_long(batch) if isinstance(batch, LongDocument) else at_work.add(batch)
@@ -223,7 +225,7 @@ class _PieceAtWork:
             count = len(augmented.thoughts) if worker._with_thoughts else 0
             sha256 = hashlib.sha256(text.encode()).digest() if worker._hashes else b""
             if self._keys is not None:
-                self._keys.write(exact_key(sha256) if worker._near is None else worker._near.keys([text]))
+                self._keys.write(exact_key(sha256) if worker._near is None else worker._near.keys(StringText(text).pieces()))
             ends = worker._encoder.token_ends(text, document) if worker._interleaves and count else None
             self._arrange(augmented, sha256, document, ids[thought : thought + count], worker._delimiters, ends, long=False)
             thought += count
@@ -233,7 +235,7 @@ class _PieceAtWork:
     def add_long(self, long: LongDocument) -> None:
         """Tokenise and write one document whose text or tokens are too many to hold at once."""
         worker, spool = self._worker, self._folder / "long.tmp"
-        sha256 = bytes.fromhex(long.sha256)
+        sha256 = long.sha256
         if self._keys is not None:
             self._keys.write(exact_key(sha256) if worker._near is None else worker._near.keys(long.text.pieces()))
         texts = [self._inside(thought) for thought in long.augmented.thoughts] if worker._with_thoughts else []

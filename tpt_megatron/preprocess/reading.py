@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import orjson
 from tpt_megatron.bad_records import LineCounts
 from tpt_megatron.errors import RecordError
 from tpt_megatron.files import decompressed, is_compressed, parse_json_line, reading
-from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, split_long_line
+from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, StringText, split_long_line
 from tpt_megatron.preprocess.plan import Piece
 from tpt_megatron.record_files import read_rows, too_long
 from tpt_megatron.records import AugmentedDocument, FieldNames, read_augmented, text_id
@@ -35,12 +36,11 @@ SetAside = Callable[[bytes, RecordError], None]
 
 @dataclass(frozen=True, slots=True)
 class LongDocument:
-    """A document whose text is kept apart; `augmented` has an empty one. sha256 and length (characters) are the text's."""
+    """A document whose text, or whose tokens, are too many to be held at once. `augmented` may have an empty text; sha256 is the text's."""
 
     augmented: AugmentedDocument
-    text: LongText
-    length: int
-    sha256: str
+    text: LongText | StringText
+    sha256: bytes
 
 
 class LineNumbers:
@@ -72,6 +72,7 @@ class PieceReader:
 
     checks_offsets: a thought that is not about its document is a bad record
     refused_text: the end-of-document token's spelling, where this tokenizer reads it in a text as that token
+    longest_text: characters from which on a text is a long one
     """
 
     place: Location
@@ -83,6 +84,7 @@ class PieceReader:
     progress: Callable[[int], object]
     checks_offsets: bool = False
     refused_text: str | None = None
+    longest_text: int = CHARACTERS_PER_BATCH
     counts: LineCounts = field(default_factory=LineCounts)
     _first_line: int = 0  # byte at which the first line of the piece begins
 
@@ -102,6 +104,9 @@ class PieceReader:
                 self.set_aside(*document)
                 continue
             self.counts.records += 1
+            if isinstance(document, AugmentedDocument) and len(document.document.text) > self.longest_text:
+                text = document.document.text
+                document = LongDocument(document, StringText(text), _sha256(StringText(text)))
             if isinstance(document, LongDocument):
                 if batch:
                     yield batch
@@ -197,7 +202,7 @@ class PieceReader:
         self._check(bare, "", length)
         if self.refused_text is not None and line.find(orjson.dumps(self.refused_text)[1:-1]) != -1:
             raise RecordError("", _spells(self.refused_text))
-        return LongDocument(bare, text, length, sha256)
+        return LongDocument(bare, text, bytes.fromhex(sha256))
 
 
 class _Line:
@@ -286,6 +291,13 @@ class _Lines:
             rest = bytearray(rest)  # grows in place
         rest += block
         return rest, 0
+
+
+def _sha256(text: StringText) -> bytes:
+    digest = hashlib.sha256()
+    for piece in text.pieces():
+        digest.update(piece.encode())
+    return digest.digest()
 
 
 def _spells(refused: str) -> str:

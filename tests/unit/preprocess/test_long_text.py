@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tpt_megatron.errors import RecordError
 from tpt_megatron.preprocess import long_text
-from tpt_megatron.preprocess.long_text import LongText, split_long_line
+from tpt_megatron.preprocess.long_text import LongText, StringText, split_long_line
 
 texts = st.text(st.one_of(st.sampled_from('\\"\nu0é中😀 '), st.characters(exclude_categories=("Cs",))), max_size=60)
 
@@ -31,13 +31,11 @@ def test_pieces_make_the_text_wherever_they_are_cut(text: str, ascii_only: bool)
     assert long.measure() == (len(text), text.isspace() or not text, hashlib.sha256(text.encode()).hexdigest())
 
 
-@given(texts, st.integers(0, 60), st.integers(0, 60), st.booleans())
-def test_a_slice_is_of_characters(text: str, start: int, length: int, ascii_only: bool) -> None:
-    start = min(start, len(text))
-    stop = min(start + length, len(text))
-    long = LongText(literal(text, ascii_only=ascii_only))
-    assert "".join(long[start:stop].pieces()) == text[start:stop]
-    assert "".join(long[start:][: stop - start].pieces()) == text[start:stop]
+@given(texts)
+def test_a_string_is_worked_off_in_pieces_too(text: str) -> None:
+    pieces = list(StringText(text).pieces())
+    assert "".join(pieces) == text
+    assert all(1 <= len(piece) <= 13 for piece in pieces)
 
 
 @pytest.mark.parametrize("bad", [b"abc\\", b"\\ud83d and more than one piece", b"x" * 30 + b"\xff" + b"y" * 30, b"\\q" + b"z" * 30, b"\xc3"])

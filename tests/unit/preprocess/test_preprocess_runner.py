@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_dataset
 from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.preprocess import long_text, reading, runner
+from tpt_megatron.preprocess import long_text, pieces, reading, runner
 from tpt_megatron.preprocess.compose import in_validation, plain_arm
 from tpt_megatron.preprocess.runner import merge, run_preprocess
 from tpt_megatron.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_word_tokenizer
@@ -181,6 +181,10 @@ def test_pieces_batches_and_workers_change_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(long_text, "LONG_LINE", 20)
     run_preprocess(config(tmp_path, **given, output=tmp_path / "long"))
     assert files_of(tmp_path / "long") == expected
+    monkeypatch.setattr(reading, "LONG_LINE", 10_000)
+    monkeypatch.setattr(pieces, "WINDOW", dict.fromkeys(pieces.WINDOW, 10))
+    run_preprocess(config(tmp_path, **given, output=tmp_path / "windows"))
+    assert files_of(tmp_path / "windows") == expected
 
 
 @pytest.mark.parametrize("deduplicate", ["none", "exact"])

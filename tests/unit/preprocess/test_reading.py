@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +44,7 @@ class Read:
         for batch in reader.batches():
             if isinstance(batch, LongDocument):
                 self.texts.append("".join(batch.text.pieces()))
-                assert len(self.texts[-1]) == batch.length
+                assert hashlib.sha256(self.texts[-1].encode()).digest() == batch.sha256
             else:
                 self.texts += [augmented.document.text for augmented in batch]
         for name in ("lines_read", "records", "bad_records", "blank_lines"):
