@@ -139,12 +139,12 @@ def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PREFIX", help="A dataset without its ending, as data/append/train, or an output folder of tpt preprocess.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset without its ending (data/append/train), an output of tpt preprocess, or records.")],
     documents: Annotated[int, typer.Option(min=0, metavar="N", help="How many of the first documents to show.")] = 3,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw lengths and sources: a .png, .svg or .pdf file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, bound and count instead; exit code 1 if anything is wrong.")] = False,
 ) -> None:
-    """Show what a token dataset holds: counts by part and source, lengths, and its first documents."""
+    """Show what a token dataset holds: counts by part and source, lengths, and its first documents. Or what record files hold."""
     from rich.console import Console
 
     from tpt_megatron.inspection.show import inspect_path

@@ -1,178 +1,195 @@
-"""Showing a token dataset in the terminal: what it is, counts, lengths, and its first documents with their parts in colours."""
+"""`tpt inspect`: finds out what lies at a path, and prints what it holds: a dataset, an output of `tpt preprocess`, record files."""
 
 from __future__ import annotations
 
-import unicodedata
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from tpt_megatron.datasets import PART_THINKING, TokenDataset, open_dataset, sidecar
+from tpt_megatron.datasets import MANIFEST_KIND, TokenDataset, open_dataset, sidecar
 from tpt_megatron.errors import DataError, UsageError
-from tpt_megatron.inspection.summary import Summary, histogram, percentiles, summarise
-from tpt_megatron.inspection.verify import FINDINGS_SHOWN, verify
-from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerLike, load_tokenizer
+from tpt_megatron.files import read_manifest
+from tpt_megatron.inspection.documents import print_documents, tokenizer_file
+from tpt_megatron.inspection.printing import counts_table, one_line, print_facts, print_line, print_table, printable, table_name
+from tpt_megatron.inspection.records import holds_records, print_records
+from tpt_megatron.inspection.summary import Summary, distribution, percentiles, shown_kinds, summarise
+from tpt_megatron.inspection.verify import verify
+from tpt_megatron.storage import locate
+
+__all__ = ["inspect_path", "printable"]
 
 SOURCES_SHOWN = 30
-TOKENS_SHOWN = 300
-"""Of a document: half of them from its beginning, half from its end."""
-BAR = 40
-THINKING_STYLE = "cyan"
+SIDECARS = ("parts.bin", "sources.bin", "documents.parquet", "tokenizer.json", "tokenizer.model", "manifest.json")
+PARTS = {"tokens_document": "document", "tokens_thinking": "thinking"}
 
 
-def inspect_path(path: Path, console: Console, *, documents: int, plot: Path | None, check: bool) -> None:
-    """Show what lies at `path`: a dataset's PREFIX, one of its files, or an output of `tpt preprocess`, whose datasets are listed.
+def inspect_path(path: str | Path, console: Console, *, documents: int, plot: Path | None, check: bool) -> None:
+    """Show what lies at `path`: a dataset's PREFIX (or its .bin or .idx), an output of `tpt preprocess`, or record files, which may be a URL.
 
-    Raises UsageError for anything else, and DataError when `check` finds anything wrong.
+    `check` verifies instead, every dataset where `path` is a folder. Raises UsageError for anything else and for options
+    that do not fit what is there, and DataError when `check` finds anything wrong, after all of it is printed.
     """
+    if plot is not None and check:
+        raise UsageError("give one of --plot and --verify")
+    local = None if "://" in str(path) else Path(path)
+    named = None if local is None else _named_dataset(local)
+    prefixes = [named] if named is not None else [] if local is None else _datasets_in(local)
+    if not prefixes:
+        _show_records(path, console, documents, has_options=plot is not None or check)
+    elif check:
+        _verify(prefixes, console)
+    elif named is not None:
+        _show_dataset(named, console, documents, plot)
+    elif plot is not None:
+        raise UsageError(f"{path}: --plot draws one dataset; give its PREFIX, for example {prefixes[0]}")
+    else:
+        _show_folder(Path(path), prefixes, console)
+
+
+def _named_dataset(path: Path) -> Path | None:
+    """Return the prefix of the dataset that a path names, by itself or by its .bin or .idx; None where it names none."""
     prefix = path.with_name(path.name.removesuffix(path.suffix)) if path.suffix in (".bin", ".idx") else path
-    if path.is_dir():
-        _show_folder(path, console)
-        return
-    if not sidecar(prefix, "idx").is_file():
-        raise UsageError(f"{path}: neither a dataset (PREFIX.bin and PREFIX.idx; give PREFIX) nor an output folder of tpt preprocess")
-    if check:
-        _verify(prefix, console)
-        return
+    return prefix if prefix.name and (sidecar(prefix, "idx").is_file() or sidecar(prefix, "bin").is_file()) else None
+
+
+def _datasets_in(folder: Path) -> list[Path]:
+    """Return the prefixes of the datasets in a folder and one below."""
+    return sorted(found.with_name(found.name.removesuffix(".idx")) for found in [*folder.glob("*.idx"), *folder.glob("*/*.idx")])
+
+
+def _show_records(path: str | Path, console: Console, documents: int, *, has_options: bool) -> None:
+    place = locate(path)
+    if not holds_records(place):
+        what = "no dataset in it (a PREFIX.idx here or one folder below), and no record file" if place.is_dir() else "neither a dataset nor a record file"
+        raise UsageError(
+            f"{path}: {what}; tpt inspect takes a dataset's PREFIX (PREFIX.bin and PREFIX.idx), an output folder of tpt preprocess, "
+            "or a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file of records or a folder of them"
+        )
+    if has_options:
+        raise UsageError(f"{path}: --plot and --verify are for token datasets, and these are record files")
+    print_records(place, console, documents)
+
+
+def _verify(prefixes: list[Path], console: Console) -> None:
+    def say(what: str, findings: list[str]) -> None:
+        print_line(console, f"{what}: {'ok' if not findings else f'{len(findings)} finding(s)'}")
+        for finding in findings:
+            print_line(console, f"  {one_line(finding)}")
+
+    found = {}
+    for prefix in prefixes:
+        if len(prefixes) > 1:
+            print_line(console, Text(str(prefix), "bold"))
+        try:
+            found[prefix] = verify(prefix, say)
+        except DataError as error:  # a manifest that cannot be read must not keep the other datasets from being checked
+            say("manifest", [str(error)])
+            found[prefix] = 1
+        if not sidecar(prefix, "manifest.json").is_file():
+            print_line(console, "no manifest: ids, parts and counts cannot be checked")
+    wrong = [f"{prefix}" for prefix, count in found.items() if count]
+    if wrong:
+        raise DataError(f"{', '.join(wrong)}: {sum(found.values())} finding(s), see above; make the dataset again")
+
+
+def _show_folder(folder: Path, prefixes: list[Path], console: Console) -> None:
+    table = counts_table("dataset", ("sequences", "tokens", "document", "thinking", "mean length"))
+    for prefix in prefixes:
+        summary = summarise(open_dataset(prefix))
+        thinking = None if summary.thinking is None else int(summary.thinking.sum(dtype="int64"))
+        parts = ("-", "-") if thinking is None else (f"{summary.tokens - thinking:,}", f"{thinking:,}")
+        row = (f"{len(summary.lengths):,}", f"{summary.tokens:,}", *parts, f"{summary.tokens / len(summary.lengths):,.1f}")
+        table.add_row(Text(one_line(str(prefix.relative_to(folder)))), *row)
+    print_table(console, table)
+
+
+def _show_dataset(prefix: Path, console: Console, documents: int, plot: Path | None) -> None:
+    if plot is not None:
+        from tpt_megatron.inspection.plot import check_plot
+
+        check_plot(plot)  # before all the reading
     dataset = open_dataset(prefix)
     summary = summarise(dataset)
-    _show_facts(dataset, summary, console)
+    print_facts(console, _facts(dataset, summary))
     _show_sources(summary, console)
     _show_lengths(summary, console)
     if documents:
-        _show_documents(dataset, documents, console)
+        print_documents(dataset, documents, console)
     if plot is not None:
         from tpt_megatron.inspection.plot import plot_summary
 
         plot_summary(summary, plot, str(prefix))
-        console.print(f"picture: {escape(str(plot))}")
+        print_line(console, f"picture: {plot}")
 
 
-def _verify(prefix: Path, console: Console) -> None:
-    def say(what: str, findings: list[str]) -> None:
-        console.print(f"{what}: {'ok' if not findings else f'{len(findings)} finding(s)'}")
-        for finding in findings[:FINDINGS_SHOWN]:
-            console.print(f"  {escape(finding)}")
-
-    found = verify(prefix, say)
-    if found:
-        raise DataError(f"{prefix}: {found} finding(s), see above; make the dataset again")
-
-
-def _show_folder(folder: Path, console: Console) -> None:
-    prefixes = sorted(path.with_name(path.name.removesuffix(".idx")) for path in [*folder.glob("*.idx"), *folder.glob("*/*.idx")])
-    if not prefixes:
-        raise UsageError(f"{folder}: no dataset in it (a PREFIX.idx here or one folder below)")
-    table = Table(box=box.SIMPLE)
-    table.add_column("dataset", no_wrap=True)
-    names = ("sequences", "tokens", "document", "thinking", "mean length")
-    for name in names:
-        table.add_column(name, justify="right")
-    for prefix in prefixes:
-        summary = summarise(open_dataset(prefix))
-        thinking = None if summary.thinking is None else int(summary.thinking.sum())
-        parts = ("-", "-") if thinking is None else (f"{summary.tokens - thinking:,}", f"{thinking:,}")
-        row = (f"{len(summary.lengths):,}", f"{summary.tokens:,}", *parts, f"{summary.tokens / len(summary.lengths):,.1f}")
-        table.add_row(escape(str(prefix.relative_to(folder))), *row)
-    console.print(table)
-
-
-def _show_facts(dataset: TokenDataset, summary: Summary, console: Console) -> None:
-    details: dict[str, Any] = dataset.details or {}
-    total = summary.tokens
-    facts = [("dataset", str(dataset.prefix))]
-    if details:
-        facts += [(name, str(details[name])) for name in ("arm", "split") if name in details]
-        facts.append(("tokenizer", f"{details['tokenizer_fingerprint']}, {details['vocabulary_size']:,} ids"))
-        facts.append(("end of document", f"{details['end_of_document']} (id {details['eod_id']})"))
-    else:
-        facts.append(("sidecars", "none: a plain Megatron dataset"))
-    facts += [("stored as", str(dataset.tokens.dtype)), ("sequences", f"{len(summary.lengths):,}"), ("tokens", f"{total:,}")]
+def _facts(dataset: TokenDataset, summary: Summary) -> list[tuple[str, str]]:
+    """Return what is known of a dataset, as (name, value): of a plain Megatron one, its counts."""
+    prefix, details = dataset.prefix, dataset.details or {}
+    facts = [("dataset", str(prefix)), *((name, str(details[name])) for name in ("arm", "split") if name in details)]
+    facts.append(("stored as", dataset.tokens.dtype.name))
+    facts += _tokenizer_facts(prefix, details)
+    present = [ending for ending in SIDECARS if sidecar(prefix, ending).is_file()]
+    facts.append(("sidecars", ", ".join(present) if present else "none: a plain Megatron dataset"))
+    # From the files themselves; --verify tells where the manifest's counts differ.
+    counted = {"sequences": len(summary.lengths), "tokens": summary.tokens}
     if summary.thinking is not None:
-        thinking = int(summary.thinking.sum())
-        facts += [(name, f"{count:,} ({count / total:.1%})") for name, count in (("  document", total - thinking), ("  thinking", thinking))]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in facts:
-        table.add_row(name, escape(value))
-    console.print(table)
+        thinking = int(summary.thinking.sum(dtype="int64"))
+        counted |= {"tokens_document": summary.tokens - thinking, "tokens_thinking": thinking}
+    facts += [
+        (f"  {PARTS[name]}" if name in PARTS else name, f"{count:,}" + (f" ({count / summary.tokens:.1%})" if name in PARTS else ""))
+        for name, count in counted.items()
+    ]
+    counts = read_manifest(sidecar(prefix, "manifest.json"), MANIFEST_KIND).counts if dataset.details is not None else {}
+    others = {name: count for name, count in counts.items() if name not in (*counted, *PARTS)}
+    if others:
+        facts.append(("from the manifest", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in others.items())))
+    return facts
+
+
+def _tokenizer_facts(prefix: Path, details: dict[str, Any]) -> list[tuple[str, str]]:
+    facts, path = [], tokenizer_file(prefix)
+    if "tokenizer_fingerprint" in details:
+        kind = "file missing" if path is None else "SentencePiece" if path.suffix == ".model" else "tokenizer.json"
+        facts.append(("tokenizer", f"{kind}, fingerprint {details['tokenizer_fingerprint']}"))
+    if "vocabulary_size" in details:
+        facts.append(("vocabulary", f"{details['vocabulary_size']:,} ids"))
+    if "end_of_document" in details:
+        facts.append(("end of document", f"{details['end_of_document']} (id {details.get('eod_id')})"))
+    return facts
 
 
 def _show_sources(summary: Summary, console: Console) -> None:
     if summary.by_source is None:
         return
-    table = Table("source", box=box.SIMPLE)
-    for name in ("sequences", "tokens", "document", "thinking", "mean length"):
-        table.add_column(name, justify="right")
+    table = counts_table("source", ("sequences", "tokens", "document", "thinking", "mean length"))
     for row in summary.by_source[:SOURCES_SHOWN]:
         tokens = row.tokens_document + row.tokens_thinking
         numbers = (row.sequences, tokens, row.tokens_document, row.tokens_thinking)
-        table.add_row(
-            "(none)" if row.name is None else escape(printable(row.name)), *(f"{number:,}" for number in numbers), f"{tokens / max(1, row.sequences):,.1f}"
-        )
-    console.print(table)
+        table.add_row(Text(table_name(row.name)), *(f"{number:,}" for number in numbers), f"{tokens / row.sequences:,.1f}")
+    print_table(console, table)
     if len(summary.by_source) > SOURCES_SHOWN:
-        console.print(f"and {len(summary.by_source) - SOURCES_SHOWN} more sources")
+        print_line(console, f"and {len(summary.by_source) - SOURCES_SHOWN} more sources")
 
 
 def _show_lengths(summary: Summary, console: Console) -> None:
-    kinds = [("whole", summary.lengths), ("document", summary.document), ("thinking", summary.thinking)]
-    table = Table("tokens a sequence", box=box.SIMPLE)
-    shown = [(name, values) for name, values in kinds if values is not None and (name == "whole" or (values != 0).any())]
-    for name in percentiles(summary.lengths):
-        table.add_column(name, justify="right")
-    for name, values in shown:
+    kinds = shown_kinds(summary)
+    table = counts_table("tokens a sequence", percentiles(summary.lengths))
+    for name, values in kinds.items():
         table.add_row(name, *(f"{value:,.0f}" if key != "mean" else f"{value:,.1f}" for key, value in percentiles(values).items()))
-    console.print(table)
-    rows = histogram(summary.lengths)
-    most = max(count for _, _, count in rows)
-    for begin, end, count in rows:
-        console.print(f"{begin:>12,} to {end - 1:>12,} {count:>14,}  {'█' * round(BAR * count / most)}", highlight=False)
+    print_table(console, table)
+    _show_histogram(summary, list(kinds), console)
 
 
-def _show_documents(dataset: TokenDataset, count: int, console: Console) -> None:
-    tokenizer = _tokenizer_of(dataset)
-    coloured = console.color_system is not None
-    legend = Text("\nfirst documents: ").append("document").append("  ").append("thinking" if coloured else "⟦thinking⟧", THINKING_STYLE)
-    console.print(legend)
-    for number in range(min(count, len(dataset.lengths))):
-        begin, end = int(dataset.offsets[number]), int(dataset.offsets[number + 1])
-        console.print(Text(f"── {number} ({end - begin:,} tokens)", "bold"))
-        console.print(_document(dataset, begin, end, tokenizer, coloured=coloured), highlight=False, soft_wrap=True)
-
-
-def _document(dataset: TokenDataset, begin: int, end: int, tokenizer: TokenizerLike | None, *, coloured: bool) -> Text:
-    text = Text()
-    half = TOKENS_SHOWN // 2
-    spans = [(begin, end)] if end - begin <= TOKENS_SHOWN else [(begin, begin + half), (end - half, end)]
-    for number, (first, last) in enumerate(spans):
-        if number:
-            text.append(f"\n[… {end - begin - TOKENS_SHOWN:,} tokens …]\n", "dim")
-        ids = dataset.tokens[first:last].tolist()
-        parts = [0] * len(ids) if dataset.parts is None else dataset.parts[first:last].tolist()
-        for part, run in groupby(zip(ids, parts, strict=True), key=lambda pair: pair[1]):
-            run_ids = [token for token, _ in run]
-            shown = printable(tokenizer.decode(run_ids)) if tokenizer is not None else " ".join(map(str, run_ids)) + " "
-            if part == PART_THINKING:
-                text.append(shown if coloured else f"⟦{shown}⟧", THINKING_STYLE)
-            else:
-                text.append(shown)
-    return text
-
-
-def printable(text: str) -> str:
-    """Return text without what a terminal would obey: control and format characters become their code point; line ends and tabs stay."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"\\u{{{ord(c):x}}}" for c in text)
-
-
-def _tokenizer_of(dataset: TokenDataset) -> TokenizerLike | None:
-    for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL):
-        path = sidecar(dataset.prefix, name)
-        if path.is_file() and dataset.details is not None:
-            return load_tokenizer(str(path), dataset.details["end_of_document"])
-    return None
+def _show_histogram(summary: Summary, kinds: list[str], console: Console) -> None:
+    rows = distribution(summary)
+    most = {name: max(1, *(counts[name] for _, _, counts in rows)) for name in kinds}
+    digits = max(len(f"{count:,}") for count in most.values())
+    edge = len(f"{rows[-1][1] - 1:,}")
+    width = 40 if len(kinds) == 1 else max(4, min(24, (min(console.width, 120) - 2 * edge - 4) // len(kinds) - digits - 3))
+    header = " " * (2 * edge + 4) + "".join(f"  {'sequences, ' + name:<{digits + 1 + width}}" for name in kinds)
+    print_line(console, header.rstrip())
+    for begin, end, counts in rows:
+        bars = "".join(f"  {counts[name]:>{digits},} {'█' * round(width * counts[name] / most[name]):<{width}}" for name in kinds)
+        print_line(console, f"{begin:>{edge},} to {end - 1:>{edge},}{bars}".rstrip())

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tpt_megatron.datasets import DOCUMENT_COLUMNS, MANIFEST_KIND, PART_DOCUMENT, PART_THINKING, SOURCE_DTYPE, TokenDataset, open_dataset, sidecar
-from tpt_megatron.errors import DataError
+from tpt_megatron.errors import DataError, TptError
 from tpt_megatron.files import Manifest, read_manifest, sha256_of
+from tpt_megatron.inspection.documents import tokenizer_file
 from tpt_megatron.inspection.summary import blocks, thinking_of
-from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, load_tokenizer
+from tpt_megatron.tokenizer import load_tokenizer
 
-FINDINGS_SHOWN = 3
+ROWS_AT_ONCE = 1 << 16
+NEEDED_DETAILS = ("vocabulary_size", "eod_id", "end_of_document", "tokenizer_fingerprint", "sources")
 
 
 def verify(prefix: Path, say: Callable[[str, list[str]], None]) -> int:
-    """Check everything; `say(what, findings)` hears of each check, whose findings are empty where all is well. Returns how many there were."""
+    """Check everything; `say(what, findings)` hears of each check, whose findings are empty where all is well. Returns how many there were.
+
+    Without a manifest only the index can be checked: nothing tells the vocabulary or the end-of-document token. Raises
+    DataError when the manifest itself cannot be read.
+    """
     found = 0
 
-    def check(what: str, findings: Iterator[str]) -> None:
+    def check(what: str, findings: Iterator[str]) -> list[str]:
         nonlocal found
         listed = list(findings)
         found += len(listed)
         say(what, listed)
+        return listed
 
     manifest = read_manifest(sidecar(prefix, "manifest.json"), MANIFEST_KIND) if sidecar(prefix, "manifest.json").is_file() else None
     if manifest is not None:
@@ -33,21 +44,33 @@ def verify(prefix: Path, say: Callable[[str, list[str]], None]) -> int:
     try:
         dataset = open_dataset(prefix)
     except DataError as error:
-        say("index, pointers and boundaries", [str(error)])
-        return found + 1
-    check("index, pointers and boundaries", iter(()))
-    if dataset.details is None or manifest is None:
+        check("index, pointers and boundaries", iter([f"{error}; the dataset cannot be opened, so its tokens and tables were not checked"]))
+        if manifest is not None:
+            check("tokenizer", _tokenizer(prefix, manifest.details))
         return found
-    check("ids and end-of-document tokens", _ids(dataset))
+    check("index, pointers and boundaries", _lengths(dataset))
+    if manifest is None:
+        return found
+    lacking = [name for name in NEEDED_DETAILS if name not in manifest.details]
+    if lacking:
+        check("details of the manifest", iter([f"{sidecar(prefix, 'manifest.json')}: its details lack {', '.join(lacking)}; nothing more can be checked"]))
+        return found
+    check("ids and end-of-document tokens", _ids(dataset, manifest.details))
+    thinking = None
     if dataset.parts is not None:
+        thinking = thinking_of(dataset)
         check("parts", _parts(dataset))
-        check("document table and sources", _table(dataset))
-    check("counts of the manifest", _counts(dataset, manifest))
-    check("tokenizer", _tokenizer(dataset))
+        check("document table and sources", _table(dataset, thinking, manifest.details["sources"]))
+    check("counts of the manifest", _counts(dataset, thinking, manifest))
+    check("tokenizer", _tokenizer(prefix, manifest.details))
     return found
 
 
 def _checksums(prefix: Path, manifest: Manifest) -> Iterator[str]:
+    named = {entry.name for entry in manifest.outputs}
+    for ending in ("bin", "idx"):
+        if f"{prefix.name}.{ending}" not in named:
+            yield f"{sidecar(prefix, 'manifest.json')}: does not name {prefix.name}.{ending} among its outputs"
     for entry in manifest.outputs:
         path = prefix.parent / entry.name
         if not path.is_file():
@@ -58,90 +81,145 @@ def _checksums(prefix: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path}: its SHA-256 is not the manifest's"
 
 
-def _ids(dataset: TokenDataset) -> Iterator[str]:
-    assert dataset.details is not None
-    vocabulary, eod = dataset.details["vocabulary_size"], dataset.details["eod_id"]
-    last = dataset.offsets[1:] - 1
-    outside = inside = 0
-    for _, _, begin, end in blocks(dataset):
+def _lengths(dataset: TokenDataset) -> Iterator[str]:
+    """Find what `open_dataset` lets pass: a sequence without any token, which cannot hold its end-of-document token."""
+    empty = np.flatnonzero(dataset.lengths == 0)
+    if len(empty) and dataset.details is not None:
+        yield f"{sidecar(dataset.prefix, 'idx')}: {len(empty)} sequences are empty, the first is {int(empty[0])}"
+
+
+def _ids(dataset: TokenDataset, details: dict[str, Any]) -> Iterator[str]:
+    vocabulary, eod = details["vocabulary_size"], details["eod_id"]
+    outside, inside, missing = _Places(), _Places(), _Places()
+    for first, last, begin, end in blocks(dataset):
         tokens = np.asarray(dataset.tokens[begin:end])
-        outside += int(np.count_nonzero((tokens < 0) | (tokens >= vocabulary)))
-        ends = np.flatnonzero(tokens == eod) + begin
-        inside += int(np.count_nonzero(last[np.minimum(np.searchsorted(last, ends), len(last) - 1)] != ends))
-    if outside:
-        yield f"{sidecar(dataset.prefix, 'bin')}: {outside} ids are outside the vocabulary of {vocabulary}"
-    if inside:
-        yield f"{sidecar(dataset.prefix, 'bin')}: {inside} end-of-document tokens stand inside a sequence"
-    missing = sum(int(np.count_nonzero(dataset.tokens[last[begin : begin + (1 << 20)]] != eod)) for begin in range(0, len(last), 1 << 20))
-    if missing:
-        yield f"{sidecar(dataset.prefix, 'bin')}: {missing} sequences do not end with the end-of-document token {eod}"
+        is_last = np.zeros(end - begin, np.bool_)
+        is_last[_last_tokens(dataset, first, last, begin, end)] = True
+        is_end = tokens == eod
+        outside.add((tokens < 0) | (tokens >= vocabulary), begin)
+        inside.add(is_end & ~is_last, begin)
+        missing.add(is_last & ~is_end, begin)
+    path = sidecar(dataset.prefix, "bin")
+    if outside.count:
+        yield f"{path}: {outside.count} ids are outside the vocabulary of {vocabulary}, the first {outside.where(dataset)}"
+    if inside.count:
+        yield f"{path}: {inside.count} end-of-document tokens stand inside a sequence, the first {inside.where(dataset)}"
+    if missing.count:
+        yield f"{path}: {missing.count} sequences do not end with the end-of-document token {eod}, the first {missing.where(dataset)}"
 
 
 def _parts(dataset: TokenDataset) -> Iterator[str]:
     assert dataset.parts is not None
     path = sidecar(dataset.prefix, "parts.bin")
-    known = np.array([PART_DOCUMENT, PART_THINKING], np.uint8)
-    wrong = sum(int(np.count_nonzero(~np.isin(dataset.parts[begin:end], known))) for _, _, begin, end in blocks(dataset))
-    if wrong:
-        yield f"{path}: {wrong} tokens are of no known part"
-    marked = int(np.count_nonzero(dataset.parts[dataset.offsets[1:] - 1] != PART_DOCUMENT))
-    if marked:
-        yield f"{path}: {marked} end-of-document tokens are not marked as document"
+    unknown, marked = _Places(), _Places()
+    for first, last, begin, end in blocks(dataset):
+        parts = np.asarray(dataset.parts[begin:end])
+        is_last = np.zeros(end - begin, np.bool_)
+        is_last[_last_tokens(dataset, first, last, begin, end)] = True
+        unknown.add((parts != PART_DOCUMENT) & (parts != PART_THINKING), begin)
+        marked.add(is_last & (parts != PART_DOCUMENT), begin)
+    if unknown.count:
+        yield f"{path}: {unknown.count} tokens are of no known part, the first {unknown.where(dataset)}"
+    if marked.count:
+        yield f"{path}: {marked.count} end-of-document tokens are not marked as document, the first {marked.where(dataset)}"
 
 
-def _table(dataset: TokenDataset) -> Iterator[str]:
-    assert dataset.details is not None
+class _Places:
+    """How many tokens a check has found, and which was the first, as blocks go by."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first = -1
+
+    def add(self, found: npt.NDArray[np.bool_], begin: int) -> None:
+        """Take in the findings of the block that begins at token `begin`."""
+        if self._first < 0 and found.any():
+            self._first = begin + int(found.argmax())
+        self.count += int(np.count_nonzero(found))
+
+    def where(self, dataset: TokenDataset) -> str:
+        """Say where the first is."""
+        sequence = int(np.searchsorted(dataset.offsets, self._first, side="right")) - 1
+        return f"at token {self._first - int(dataset.offsets[sequence])} of sequence {sequence}"
+
+
+def _last_tokens(dataset: TokenDataset, first: int, last: int, begin: int, end: int) -> npt.NDArray[np.int64]:
+    """Return where in the block the last tokens of sequences stand; an empty one's is that of the sequence before."""
+    places = dataset.offsets[first + 1 : last + 1] - 1 - begin
+    return places[places < end - begin]
+
+
+def _table(dataset: TokenDataset, thinking: npt.NDArray[np.int32], names: list[str | None]) -> Iterator[str]:
     path, sources = sidecar(dataset.prefix, "documents.parquet"), sidecar(dataset.prefix, "sources.bin")
-    thinking = thinking_of(dataset)
-    numbers = np.fromfile(sources, SOURCE_DTYPE) if sources.is_file() else np.empty(0, SOURCE_DTYPE)
-    names = dataset.details.get("sources", [])
-    if len(numbers) != len(thinking) or (len(numbers) and int(numbers.max()) >= len(names)):
-        yield f"{sources}: {len(numbers)} numbers of sources for {len(thinking)} sequences, or numbers of no source"
+    count = len(dataset.lengths)
+    size = sources.stat().st_size if sources.is_file() else 0
+    if size != count * SOURCE_DTYPE.itemsize:
+        yield f"{sources}: {size} bytes, not one number of a source for each of {count} sequences"
+        return
+    numbers = np.memmap(sources, SOURCE_DTYPE, mode="r")
+    if int(numbers.max()) >= len(names):
+        yield f"{sources}: {np.count_nonzero(numbers >= len(names))} sequences have numbers of no source (the manifest names {len(names)})"
         return
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
+        with pq.ParquetFile(path) as file:
+            if tuple(file.schema_arrow.names) != DOCUMENT_COLUMNS:
+                yield f"{path}: its columns are {', '.join(file.schema_arrow.names)}; expected {', '.join(DOCUMENT_COLUMNS)}"
+            elif file.metadata.num_rows != count:
+                yield f"{path}: {file.metadata.num_rows} rows for {count} sequences"
+            else:
+                yield from _rows(file, path, dataset, thinking, pa.array(names, pa.string()), numbers)
+    except (OSError, ValueError, pa.ArrowException) as error:
         yield f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})"
-        return
-    with file:
-        if tuple(file.schema_arrow.names) != DOCUMENT_COLUMNS or file.metadata.num_rows != len(thinking):
-            yield f"{path}: {file.metadata.num_rows} rows of {file.schema_arrow.names}, for {len(thinking)} sequences"
-            return
-        at = 0
-        for i in range(file.metadata.num_row_groups):
-            rows = file.read_row_group(i, ["source", "tokens_document", "tokens_thinking", "offset"])
-            span = slice(at, at + rows.num_rows)
-            expected = {"tokens_document": dataset.lengths[span] - thinking[span], "tokens_thinking": thinking[span], "offset": dataset.offsets[:-1][span]}
-            for name, values in expected.items():
-                wrong = np.flatnonzero(rows.column(name).to_numpy() != values)
-                if len(wrong):
-                    yield f"{path}: row {at + int(wrong[0])}, {name}: not what the dataset holds ({len(wrong)} such rows in this row group)"
-            if rows.column("source").to_pylist() != [names[number] for number in numbers[span]]:
-                yield f"{path}: sources from row {at} on are not those of {sources.name}"
-            at += rows.num_rows
 
 
-def _counts(dataset: TokenDataset, manifest: Manifest) -> Iterator[str]:
-    counts = manifest.counts
+def _rows(
+    file: pq.ParquetFile, path: Path, dataset: TokenDataset, thinking: npt.NDArray[np.int32], names: pa.Array, numbers: npt.NDArray[np.uint16]
+) -> Iterator[str]:
+    wrong: dict[str, list[int]] = {}  # column: [rows that are wrong, the first of them]
+    at = 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=["source", "tokens_document", "tokens_thinking", "offset"]):
+        span = slice(at, at + batch.num_rows)
+        expected = {"tokens_document": dataset.lengths[span] - thinking[span], "tokens_thinking": thinking[span], "offset": dataset.offsets[:-1][span]}
+        differ = {name: pc.fill_null(batch.column(name).cast(pa.int64()), -1).to_numpy(zero_copy_only=False) != held for name, held in expected.items()}
+        source, held = batch.column("source").cast(pa.string()), names.take(pa.array(numbers[span]))
+        agree = pc.or_(pc.fill_null(pc.equal(source, held), False), pc.and_(pc.is_null(source), pc.is_null(held)))
+        differ["source"] = ~agree.to_numpy(zero_copy_only=False)
+        for name, rows in differ.items():
+            if rows.any():
+                seen = wrong.setdefault(name, [0, at + int(rows.argmax())])
+                seen[0] += int(np.count_nonzero(rows))
+        at += batch.num_rows
+    for name, (count, first) in wrong.items():
+        if name == "source":
+            yield f"{path}: sources from row {first} on are not those of {sidecar(dataset.prefix, 'sources.bin').name} ({count} such rows)"
+        else:
+            yield f"{path}: row {first}, {name}: not what the dataset holds ({count} such rows)"
+
+
+def _counts(dataset: TokenDataset, thinking: npt.NDArray[np.int32] | None, manifest: Manifest) -> Iterator[str]:
+    path, counts = sidecar(dataset.prefix, "manifest.json"), manifest.counts
     found = {"sequences": len(dataset.lengths), "tokens": int(dataset.offsets[-1])}
-    if dataset.parts is not None:
-        found["tokens_thinking"] = int(thinking_of(dataset).sum())
+    if thinking is not None:
+        found["tokens_thinking"] = int(thinking.sum(dtype=np.int64))
         found["tokens_document"] = found["tokens"] - found["tokens_thinking"]
     for name, value in found.items():
         if counts.get(name) != value:
-            yield f"{sidecar(dataset.prefix, 'manifest.json')}: {name} is {counts.get(name)}, the dataset holds {value}"
-    if counts["lines_read"] != counts["records"] + counts["bad_records"] + counts["blank_lines"]:
-        yield f"{sidecar(dataset.prefix, 'manifest.json')}: lines_read is not records + bad_records + blank_lines"
+            yield f"{path}: {name} is {counts.get(name)}, the dataset holds {value}"
+    lines = [counts.get(name) for name in ("lines_read", "records", "bad_records", "blank_lines")]
+    if None in lines or lines[0] != sum(value for value in lines[1:] if value is not None):
+        yield f"{path}: lines_read is not records + bad_records + blank_lines ({', '.join(map(str, lines))})"
 
 
-def _tokenizer(dataset: TokenDataset) -> Iterator[str]:
-    assert dataset.details is not None
-    for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL):
-        path = sidecar(dataset.prefix, name)
-        if path.is_file():
-            tokenizer = load_tokenizer(str(path), dataset.details["end_of_document"])
-            for key, value in (("tokenizer_fingerprint", tokenizer.fingerprint), ("vocabulary_size", tokenizer.vocabulary_size), ("eod_id", tokenizer.eod_id)):
-                if dataset.details[key] != value:
-                    yield f"{path}: its {key} is {value}, the manifest says {dataset.details[key]}"
-            return
-    yield f"{dataset.prefix}: has no tokenizer"
+def _tokenizer(prefix: Path, details: dict[str, Any]) -> Iterator[str]:
+    path = tokenizer_file(prefix)
+    if path is None:
+        yield f"{prefix}: has no tokenizer"
+        return
+    try:
+        tokenizer = load_tokenizer(str(path), details.get("end_of_document", ""))
+    except TptError as error:
+        yield str(error)
+        return
+    for key, value in (("tokenizer_fingerprint", tokenizer.fingerprint), ("vocabulary_size", tokenizer.vocabulary_size), ("eod_id", tokenizer.eod_id)):
+        if details.get(key) != value:
+            yield f"{path}: its {key} is {value}, the manifest says {details.get(key)}"
