@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 import tokenizers
 
@@ -51,9 +49,6 @@ class TokenizerLike(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token added around it. Text that spells a special token is text."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the ids of each text, as `encode` does."""
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of `text` as `encode` does, and for each the character of `text` that it ends before."""
@@ -114,10 +109,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token added around it."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the ids of each text, as `encode` does, on as many threads as the machine has."""
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of `text`, and for each the character that it ends before."""
@@ -183,10 +174,6 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any symbol added around it."""
         return list(self.processor.EncodeAsIds(text))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return the ids of each text."""
-        return [np.array(self.processor.EncodeAsIds(text), np.int32) for text in texts]
 
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of `text`, and for each the character that it ends before."""

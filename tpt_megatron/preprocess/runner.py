@@ -30,9 +30,10 @@ from typing import Any
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
 from tpt_megatron.datasets import MANIFEST_KIND
 from tpt_megatron.errors import ConfigError, DataError, Stopped, TptError
-from tpt_megatron.files import Manifest, check_outputs, read_json, read_manifest, remove_leftovers, sha256_of, write_json
+from tpt_megatron.files import Manifest, check_outputs, read_json, read_manifest, sha256_of, write_json
 from tpt_megatron.log import progress_bar, set_up_logging
 from tpt_megatron.preprocess.delimiters import check_delimiters
+from tpt_megatron.preprocess.duplicates import NearKeys
 from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
 from tpt_megatron.preprocess.finish import finish
 from tpt_megatron.preprocess.pieces import FinishedPiece, PieceWorker, splits
@@ -57,20 +58,25 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
     if set(config.arms) != {"vanilla"}:
         check_delimiters(config.delimiters, tokenizer, config.tokenizer)
+    if config.deduplicate == "near":
+        NearKeys(config.near_duplicates)  # says what is not installed before any work
     refuse_inputs_in_output(config.input, LocalLocation(config.output))
     inputs = expand_inputs(config.input)
     number, count = config.part_of_work()
     with _alone(config.output, number if config.shard else None):
         finished, pending = _finished_arms(config, tokenizer, inputs)
         if not pending:
+            _forget_pieces(config)
             return finished
         plan = _plan(config, inputs, _settings(config, tokenizer))
+        part = part_of(plan, number, count)
         _save_run(config, tokenizer)
-        kept = _kept_pieces(config, plan, pending)
-        todo = [piece for piece in part_of(plan, number, count) if piece.number not in kept]
+        kept = _kept_pieces(config, plan, part, pending)
+        todo = [piece for piece in part if piece.number not in kept]
         if todo:
             encoder = choose_engine(tokenizer, config.engine, _sample(config, inputs), verify_all=config.verify == "full")
             _work(config, plan, pending, tokenizer, encoder, todo)
+            _check_unchanged(plan, inputs)
         if config.shard is not None:
             logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
             return {}
@@ -188,16 +194,17 @@ def _save_run(config: PreprocessConfig, tokenizer: TokenizerLike) -> None:
     """Keep beside the pieces what `merge` needs to know: the config and the tokenizer."""
     folder = config.output / "pieces"
     folder.mkdir(exist_ok=True)
-    remove_leftovers(folder)
     tokenizer.save(folder / tokenizer.file_name)
     write_json(folder / "run.json", {"config": config.model_dump(mode="json", exclude={"shard", "output"}), "tokenizer": tokenizer.file_name})
 
 
-def _kept_pieces(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm]) -> set[int]:
-    """Return the pieces that are finished; remove those that are damaged or lack an arm."""
-    fingerprint, kept = plan.fingerprint(), set()
-    for piece in plan.pieces:
-        folder = config.output / "pieces" / piece.name
+def _kept_pieces(config: PreprocessConfig, plan: Plan, part: Sequence[Piece], arms: Sequence[Arm]) -> set[int]:
+    """Return which pieces of this part of the work are finished; remove those that are damaged or lack an arm, and what killed workers left of them."""
+    fingerprint, kept, pieces = plan.fingerprint(), set(), config.output / "pieces"
+    for piece in part:
+        for unfinished in pieces.glob(f".{piece.name}.*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        folder = pieces / piece.name
         if not folder.is_dir():
             continue
         try:
@@ -210,8 +217,21 @@ def _kept_pieces(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm]) -> s
                 continue
         shutil.rmtree(folder)
     if kept:
-        logger.info("%s: %d of %d pieces were finished before, kept", config.output, len(kept), len(plan.pieces))
+        logger.info("%s: %d of %d pieces were finished before, kept", config.output, len(kept), len(part))
     return kept
+
+
+def _forget_pieces(config: PreprocessConfig) -> None:
+    """Remove the pieces of a run that was killed between its last manifest and its end."""
+    pieces = config.output / "pieces"
+    if (pieces / "run.json").is_file() and set(read_json(pieces / "run.json")["config"]["arms"]) <= set(config.arms):
+        shutil.rmtree(pieces)
+
+
+def _check_unchanged(plan: Plan, inputs: list[Location]) -> None:
+    for place, stamp in zip(inputs, plan.stamps, strict=True):
+        if place.stamp() != stamp:
+            raise DataError(f"{place}: has changed while it was read; run the same command again, it begins anew")
 
 
 def _sample(config: PreprocessConfig, inputs: list[Location]) -> list[str]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_dataset
 from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.preprocess import long_text, pieces, reading, runner
+from tpt_megatron.preprocess import finish, long_text, pieces, reading, runner
 from tpt_megatron.preprocess.compose import in_validation, plain_arm
 from tpt_megatron.preprocess.runner import merge, run_preprocess
 from tpt_megatron.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_word_tokenizer
@@ -295,6 +295,44 @@ def test_an_input_that_changes_in_an_unfinished_run_is_read_anew(tmp_path: Path,
     run_preprocess(config(tmp_path, arms=["vanilla"]))
     assert "what was finished of the last run is made anew" in caplog.text
     assert documents_of(open_dataset(tmp_path / "out/vanilla/train"))[0][0] == load_tokenizer("byte", END_OF_DOCUMENT).encode("D")[0]
+
+
+def test_an_input_that_changes_while_it_is_read_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, some(20))
+    work = runner._work
+
+    def change(*arguments: Any) -> None:
+        work(*arguments)
+        write(tmp_path, some(21))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_work", change)
+        with pytest.raises(DataError, match=r"in\.jsonl: has changed while it was read"):
+            run_preprocess(config(tmp_path))
+    assert run_preprocess(config(tmp_path))["append/train"].counts["documents"] == 21
+
+
+def test_what_a_kill_after_the_last_manifest_leaves_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, some(20))
+    with monkeypatch.context() as patch:
+        patch.setattr(finish.shutil, "rmtree", lambda *arguments, **options: None)
+        run_preprocess(config(tmp_path))
+    assert (tmp_path / "out/pieces/00000").is_dir()
+    run_preprocess(config(tmp_path, arms=ARMS[:1]))
+    assert (tmp_path / "out/pieces/00000").is_dir()
+    run_preprocess(config(tmp_path))
+    assert not (tmp_path / "out/pieces").exists()
+
+
+def test_a_shard_leaves_the_unfinished_pieces_of_others_alone(tmp_path: Path) -> None:
+    write(tmp_path, some(200))
+    run_preprocess(config(tmp_path, piece_megabytes=0.004, shard="1/2"))
+    others, own = tmp_path / "out/pieces/.00003.999999.tmp", tmp_path / "out/pieces/.00000.999999.tmp"
+    others.mkdir()
+    own.mkdir()
+    (own.parent / "00000/piece.json").unlink()
+    run_preprocess(config(tmp_path, piece_megabytes=0.004, shard="1/2"))
+    assert others.is_dir() and not own.exists()
 
 
 def test_two_runs_on_one_output_are_refused_and_shards_are_not(tmp_path: Path) -> None:
