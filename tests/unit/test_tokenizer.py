@@ -49,6 +49,10 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(make: object, tmp_path: Path) -
     assert train_word_tokenizer((), ["other"]).fingerprint != tokenizer.fingerprint
 
 
+def test_the_end_of_document_is_part_of_the_fingerprint() -> None:
+    assert Tokenizer(word_level().backend, ".").fingerprint != word_level().fingerprint
+
+
 @given(st.lists(st.sampled_from(WORDS), min_size=1))
 def test_words_are_joined_by_one_space(words: list[str]) -> None:
     tokenizer = word_level()

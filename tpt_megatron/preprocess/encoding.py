@@ -29,11 +29,16 @@ Ids = npt.NDArray[np.uint32]
 Batch = tuple[Ids, npt.NDArray[np.int64]]
 """ids of all texts end to end, and where each text's begin in them: [texts + 1]."""
 
-WINDOW = {"fastokens": 2_000_000, "sentencepiece": 1_000_000, "tokenizers": 250_000}
+WINDOW = {"fastokens": 500_000, "sentencepiece": 1_000_000, "tokenizers": 250_000}
 """Characters of a long text that are encoded at once. Hugging Face's encodings take hundreds of bytes a token."""
 CONTEXT = 1_000
 """Characters on either side of a cut on which it is tried."""
+LOOK_BACK = 50_000
+"""Characters before a window's end among which a cut between words is looked for."""
 CUTS_TRIED = 8
+"""Between words, of each kind."""
+CUTS_WITHIN_TRIED = 2
+"""Elsewhere: each takes encoding all of the window."""
 TEXT_AT_ONCE = 1_000_000
 """Characters of a batch that Hugging Face's tokenizers is given at once."""
 
@@ -103,7 +108,7 @@ class Encoder:
 
         The text is cut where encoding what stands around the cut as a whole and as two gives the same. That is exact for
         tokenizers that look ahead no further than CONTEXT characters, as pre-tokenizers do that split a text by patterns from
-        left to right; where no such cut is found, the window grows, to the whole text if need be.
+        left to right; where no such cut is found, the window doubles, to the whole text if need be.
         """
         waiting: list[str] = []
         length, wanted = 0, WINDOW[self.engine]
@@ -114,7 +119,7 @@ class Encoder:
                 text = "".join(waiting)
                 cut = self._safe_cut(text, wanted)
                 if cut is None:
-                    waiting, wanted = [text], wanted + WINDOW[self.engine]
+                    waiting, wanted = [text], 2 * wanted  # grown by one window each time, a text without cuts takes the square of its length
                     continue
                 yield text[:cut], self.encode([text[:cut]])[0]
                 waiting, length, wanted = [text[cut:]], length - cut, WINDOW[self.engine]
@@ -127,8 +132,12 @@ class Encoder:
         for cut in _between_words(text, latest):
             if self._may_cut(text[max(0, cut - CONTEXT) : cut + CONTEXT], min(cut, CONTEXT)):
                 return cut
-        # Within a run of anything (digits in groups of three, say) what stands before it decides, so all of it is encoded.
-        return next((cut for cut in range(latest, latest - CUTS_TRIED, -1) if self._may_cut(text[: cut + CONTEXT], cut)), None)
+        # Within a run of anything (digits in groups of three, blanks in tokens of 32) what stands before it decides, so all of it is
+        # encoded. Places where what follows does not begin a token are many, and soon told.
+        text = text[: latest + CONTEXT]
+        ids = self._encode.encode([text])[0]
+        places = (cut for cut in range(latest, max(0, latest - CONTEXT), -1) if _ends_with(ids, self._encode.encode([text[cut:]])[0]))
+        return next((cut for cut in islice(places, CUTS_WITHIN_TRIED) if self._may_cut(text, cut)), None)
 
     def _may_cut(self, text: str, cut: int) -> bool:
         ids, bounds = self._encode.encode([text, text[:cut], text[cut:]])
@@ -169,8 +178,12 @@ class Encoder:
 def _between_words(text: str, latest: int) -> Iterator[int]:
     """Yield some places before a line's first character, and then before a space and a word: where pre-tokenizers cut whatever came before."""
     for is_one in (_begins_line, _ends_word):
-        places = (cut for cut in range(latest, latest // 2, -1) if is_one(text, cut))
+        places = (cut for cut in range(latest, max(latest // 2, latest - LOOK_BACK), -1) if is_one(text, cut))
         yield from islice(places, CUTS_TRIED)
+
+
+def _ends_with(ids: Ids, end: Ids) -> bool:
+    return len(end) <= len(ids) and np.array_equal(ids[len(ids) - len(end) :], end)
 
 
 def _begins_line(text: str, at: int) -> bool:

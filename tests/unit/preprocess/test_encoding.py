@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tpt_megatron.errors import ConfigError, MachineError
+from tpt_megatron.errors import ConfigError, DataError, MachineError
 from tpt_megatron.preprocess import encoding
 from tpt_megatron.preprocess.encoding import Encoder, choose_engine
 from tpt_megatron.tokenizer import END_OF_DOCUMENT, Tokenizer, TokenizerLike, load_tokenizer, train_word_tokenizer
@@ -47,16 +47,18 @@ def byte_level_bpe(pattern: str | None, normalizer: Any = None) -> Tokenizer:
 
 
 @cache
-def sentencepiece_model() -> bytes:
+def sentencepiece_model(**options: Any) -> bytes:
+    """Train a model, by default one that leaves the text as it is and its beginning as any other place."""
     import io
 
     import sentencepiece
 
     out = io.BytesIO()
+    as_is = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
     lines = iter([line for text in library() for line in text.splitlines() if line.strip()])
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=out, vocab_size=900, model_type="bpe", byte_fallback=True, minloglevel=2, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=False, user_defined_symbols=["<think>"],
+        sentence_iterator=lines, model_writer=out, vocab_size=900, model_type="bpe", byte_fallback=True, minloglevel=2,
+        user_defined_symbols=["<think>"], **(as_is | options),
     )  # fmt: skip
     return out.getvalue()
 
@@ -81,10 +83,15 @@ def kind(name: str) -> TokenizerLike:
             return Tokenizer(backend, END_OF_DOCUMENT)
     from tpt_megatron.tokenizer import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(sentencepiece_model(), "</s>", "test.model")
+    options: dict[str, Any] = {
+        "sentencepiece": {},
+        "sentencepiece, prefix": {"add_dummy_prefix": True},
+        "sentencepiece, normalizing": {"add_dummy_prefix": True, "remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc"},
+    }[name]
+    return SentencePieceTokenizer(sentencepiece_model(**options), "</s>", "test.model")
 
 
-KINDS = ("gpt2", "llama3", "normalized", "words", "unigram", "sentencepiece")
+KINDS = ("gpt2", "llama3", "normalized", "words", "unigram", "sentencepiece", "sentencepiece, prefix", "sentencepiece, normalizing")
 texts = st.text(st.one_of(st.sampled_from("ab \n\r\t01'.é中😀"), st.characters(exclude_categories=("Cs",))), max_size=80)
 spelling = st.builds(lambda a, b, special: f"{a}{special}{b}", texts, texts, st.sampled_from([END_OF_DOCUMENT, "<|other|>", "<think>", "</s>"]))
 
@@ -93,6 +100,7 @@ def reference(name: str, text: str) -> list[int]:
     return kind(name).encode(text)
 
 
+@cache
 def best(name: str) -> Encoder:
     return choose_engine(kind(name), "auto", library())
 
@@ -100,7 +108,7 @@ def best(name: str) -> Encoder:
 @pytest.mark.parametrize(("name", "engine"), [("gpt2", "fastokens"), ("llama3", "fastokens"), ("words", "tokenizers"), ("sentencepiece", "sentencepiece")])
 def test_the_fast_engine_is_taken_where_it_can_do_the_tokenizer(name: str, engine: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tpt_megatron"):
-        assert best(name).engine == engine
+        assert choose_engine(kind(name), "auto", library()).engine == engine
     assert ("fastokens cannot do this tokenizer" in caplog.text) == (name == "words")
 
 
@@ -133,8 +141,9 @@ def test_real_text_is_the_same_in_both_engines() -> None:
         lambda: "😀é" * 1500,
         lambda: "\n" * 4000,
         lambda: "a b\n\n c  \r\n" * 500,
+        lambda: "x\n" + " " * 6000,
     ],
-    ids=["code", "digits", "one word", "chinese", "emoji", "line ends", "white space"],
+    ids=["code", "digits", "one word", "chinese", "emoji", "line ends", "white space", "blanks"],
 )
 def test_a_long_text_in_windows_has_the_ids_that_it_has_as_a_whole(name: str, make: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "WINDOW", dict.fromkeys(encoding.WINDOW, 700))
@@ -146,6 +155,23 @@ def test_a_long_text_in_windows_has_the_ids_that_it_has_as_a_whole(name: str, ma
         assert np.concatenate([ids for _, ids in parts]).tolist() == reference(name, text)
     if name in ("gpt2", "llama3") and "word" not in text:
         assert len(parts) > 4, "no window was cut"
+
+
+def test_a_text_that_cannot_be_cut_takes_time_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word-level tokenizer has one token for a text without white space, wherever a window ends."""
+    monkeypatch.setattr(encoding, "WINDOW", dict.fromkeys(encoding.WINDOW, 100))
+    monkeypatch.setattr(encoding, "CONTEXT", 10)
+    original, encoded = encoding._HuggingFace.encode, []
+
+    def encode(self: encoding._HuggingFace, batch: Any) -> encoding.Batch:
+        encoded.append(sum(map(len, batch)))
+        return original(self, batch)
+
+    monkeypatch.setattr(encoding._HuggingFace, "encode", encode)
+    text, encoder = "w" * 20_000, Encoder(kind("words"), "tokenizers")
+    [(part, ids)] = encoder.encode_long(text[begin : begin + 50] for begin in range(0, len(text), 50))
+    assert (part, ids.tolist()) == (text, reference("words", text))
+    assert sum(encoded) < 40 * len(text)
 
 
 @hypothesis_settings(max_examples=40)
@@ -173,6 +199,23 @@ def test_token_ends_count_whole_characters(name: str, text: str) -> None:
         decoder = kind(name)
         for number, end in enumerate(ends.tolist(), 1):
             assert decoder.decode(ids[:number].tolist()).rstrip("\ufffd") == text[:end].rstrip("\ufffd")
+
+
+def test_hugging_face_is_given_a_bounded_amount_of_text_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "TEXT_AT_ONCE", 1000)
+    batch = [library()[0][begin : begin + 300] for begin in range(0, 6000, 300)]
+    encoder, given = Encoder(kind("gpt2"), "tokenizers"), []
+    backend = encoder._encode._backend  # type: ignore[union-attr]
+
+    class Watched:
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            given.append(sum(map(len, texts)))
+            return backend.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(encoder._encode, "_backend", Watched())
+    ids, bounds = encoder.encode(batch)
+    assert [ids[begin:end].tolist() for begin, end in pairwise(bounds)] == [reference("gpt2", text) for text in batch]
+    assert max(given) == 1200, "the text that reaches the bound is the last one"
 
 
 def differing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +289,11 @@ def test_a_sentencepiece_model_is_loaded_from_a_file_or_folder_and_saved(tmp_pat
     with pytest.raises(ConfigError, match=r"end_of_document='<\|endoftext\|>' is not a control symbol"):
         load_tokenizer(str(tmp_path), END_OF_DOCUMENT)
     (tmp_path / "bad.model").write_bytes(b"nothing")
-    with pytest.raises(Exception, match=r"bad\.model: not a SentencePiece model"):
+    with pytest.raises(DataError, match=r"bad\.model: not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "bad.model"), "</s>")
-    monkeypatch = pytest.MonkeyPatch()
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(__import__("sys").modules, "sentencepiece", None)
         with pytest.raises(MachineError, match=r"tpt-megatron\[sentencepiece\]"):
             load_tokenizer(str(tmp_path), "</s>")
+    train_word_tokenizer(["a"]).save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(str(tmp_path), END_OF_DOCUMENT).file_name == "tokenizer.json"
