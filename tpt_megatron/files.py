@@ -131,13 +131,18 @@ def sha256_of(path: Place) -> str:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
+AT_ONCE = 1 << 10
+"""Bytes of a zstd file that are decompressed at once."""
+
+
 class _ZstdFrames(io.RawIOBase):
     """Bytes of all frames of a zstd file. The library's own reader stops after the first, and takes a cut-off one for whole."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._rest = b""
+        self._read = memoryview(b"")  # of the file, not yet decompressed
+        self._rest = memoryview(b"")
         self._in_frame = False
 
     def readable(self) -> bool:
@@ -147,16 +152,20 @@ class _ZstdFrames(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Fill `buffer`; EOFError when the file ends within a frame."""
         while not self._rest:
-            data = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
+                unused = self._frame.unused_data
+                self._read = memoryview(unused + bytes(self._read)) if unused else self._read
                 self._frame, self._in_frame = zstandard.ZstdDecompressor().decompressobj(), False
-            data = data or self._file.read(1 << 17)
+            if not self._read:
+                self._read = memoryview(self._file.read(1 << 17))
+            # A little at a time: what compresses very well would come out by the gigabyte.
+            data, self._read = self._read[:AT_ONCE], self._read[AT_ONCE:]
             if not data:
                 if self._in_frame:
                     raise EOFError("it ends within a zstd frame")
                 return 0
             self._in_frame = True
-            self._rest = self._frame.decompress(data)
+            self._rest = memoryview(self._frame.decompress(data))
         count = min(len(buffer), len(self._rest))
         buffer[:count] = self._rest[:count]
         self._rest = self._rest[count:]

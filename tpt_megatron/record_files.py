@@ -25,7 +25,7 @@ from tpt_megatron.records import AugmentedDocument, augmented_to_record
 from tpt_megatron.storage import Location, locate
 
 LINE_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-ROWS_PER_BATCH = 256
+ROWS_PER_BATCH, BYTES_PER_BATCH = 256, 16_000_000
 Format = Literal["parquet", "jsonl", "jsonl.zst"]
 
 _THOUGHT = pa.struct(
@@ -189,7 +189,7 @@ def _parquet_rows(place: Location, first: int, longest: int | None, progress: Ca
         marked = (file.schema_arrow.metadata or {}).get(b"tpt_megatron") == b"augmented-1"
         ours = marked and file.schema_arrow.names == AUGMENTED_SCHEMA.names
         size, rows = place.size(), max(1, file.metadata.num_rows)
-        batches = file.iter_batches(ROWS_PER_BATCH, row_groups=list(range(group, file.metadata.num_row_groups)))
+        batches = file.iter_batches(_rows_per_batch(file), row_groups=list(range(group, file.metadata.num_row_groups)))
         while True:
             try:
                 batch = next(batches, None)
@@ -204,6 +204,13 @@ def _parquet_rows(place: Location, first: int, longest: int | None, progress: Ca
                 yield _row(f"{place}:row {number}", values, ours, longest)
             if progress is not None:
                 progress(size * batch.num_rows // rows)
+
+
+def _rows_per_batch(file: pq.ParquetFile) -> int:
+    """Return how many rows to read at once, fewer where they are large."""
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0.0)
+    return max(1, min(ROWS_PER_BATCH, int(BYTES_PER_BATCH / max(1.0, largest))))
 
 
 def _row_group_ends(file: pq.ParquetFile) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,7 +114,9 @@ class Tokenizer:
     def ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of `text`, and for each the character that it ends before."""
         encoding = self.backend.encode(text, add_special_tokens=False)
-        return list(encoding.ids), [end for _, end in encoding.offsets]
+        spans = encoding.offsets
+        # Of several tokens for one character (its bytes), which all have its span, only the last one ends it.
+        return list(encoding.ids), [start if (start, end) == following else end for (start, end), following in zip_longest(spans, spans[1:])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens included."""

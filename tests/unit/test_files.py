@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,14 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
         path.touch()
     files.remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([alive, other])
+
+
+def test_a_zstd_file_that_compresses_very_well_is_read_a_little_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.zst"
+    path.write_bytes(zstandard.compress(b"x" * 200_000_000))
+    assert path.stat().st_size < 100_000
+    code = "import sys; from pathlib import Path; from tpt_megatron.files import stream_lines\n"
+    code += "assert [length for _, length in stream_lines(Path(sys.argv[1]), longest=1000)] == [200_000_000]\n"
+    code += "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 200_000, "kilobytes"

@@ -84,6 +84,8 @@ class PreprocessConfig(Config):
             raise ValueError(f"arms={list(self.arms)} must name at least one arm, and each once")
         if not self.mixed or any(weight < 0 or not math.isfinite(weight) for weight in self.mixed.values()) or sum(self.mixed.values()) <= 0:
             raise ValueError(f"mixed={self.mixed} must give weights of at least 0, not all of them 0")
+        if re.match(r"[a-z0-9]+:/", str(self.output)):  # Path makes one slash of two
+            raise ValueError(f"output={self.output} must be a folder of this machine: training maps datasets into memory")
         self.part_of_work()
         return self
 

@@ -106,8 +106,8 @@ def plain_arm(arm: Arm, sha256: bytes, weights: Mapping[PlainArm, float]) -> Pla
     if arm != "mixed":
         return arm
     draw = int.from_bytes(hashlib.sha256(b"mixed" + sha256).digest()[:8], "big") / 2**64 * sum(weights.values())
-    chosen = next(iter(weights))
-    for name, weight in weights.items():
+    chosen: PlainArm = "vanilla"
+    for name, weight in sorted(weights.items()):  # as equal settings may give them in any order
         if weight > 0:
             chosen = name
         draw -= weight

@@ -231,6 +231,7 @@ class JoinedDataset:
         """Give all files their names; the manifest, which makes it a dataset, is still to come."""
         for path, temporary in self.temporary.items():
             temporary.replace(path)
+            temporary.unlink(missing_ok=True)  # stays where both were names of one file already
         sync_folder(self.prefix.parent)
 
     def discard(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpt_megatron.config.preprocess import NearDuplicates
-from tpt_megatron.errors import MachineError
+from tpt_megatron.errors import ConfigError, MachineError
 
 ENTRY = np.dtype([("key", "<u8", 2), ("document", "<u8")])
 BUCKET_BYTES = 48_000_000
@@ -42,7 +41,10 @@ class NearKeys:
             raise MachineError("deduplicate=near needs datasketch, which is not installed; run: pip install 'tpt-megatron[neardup]'") from None
         self._config = config
         self._empty = MinHash(num_perm=config.permutations, seed=1)
-        index = MinHashLSH(threshold=config.threshold, num_perm=config.permutations)
+        try:
+            index = MinHashLSH(threshold=config.threshold, num_perm=config.permutations)
+        except ValueError as error:
+            raise ConfigError(f"near_duplicates: threshold={config.threshold} with permutations={config.permutations} is impossible ({error})") from None
         self.bands, self._rows = index.b, index.r
 
     def keys(self, pieces: Iterable[str]) -> bytes:
@@ -72,22 +74,31 @@ def first_ones(key_files: Sequence[Path], documents: Sequence[int], keys_per_doc
     kept[:] = True
     buckets = max(1, math.ceil(total * keys_per_document * ENTRY.itemsize / BUCKET_BYTES))
     paths = [folder / f"bucket-{number}" for number in range(buckets)]
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in paths]
-        for entries in _entries(key_files, documents, keys_per_document):
-            numbers = entries["key"][:, 0] % np.uint64(buckets)
-            order = np.argsort(numbers, kind="stable")
-            bounds = np.searchsorted(numbers[order], np.arange(buckets + 1, dtype=np.uint64))
-            for file, (begin, end) in zip(files, pairwise(bounds), strict=True):
-                file.write(entries[order[begin:end]].tobytes())
     for path in paths:
-        entries = np.fromfile(path, ENTRY)
-        order = np.lexsort((entries["document"], entries["key"][:, 1], entries["key"][:, 0]))
-        keys, numbers = entries["key"][order], entries["document"][order]
-        again = (keys[1:] == keys[:-1]).all(axis=1) & (numbers[1:] != numbers[:-1])
-        kept[numbers[1:][again]] = False
+        path.touch()
+    for block in _entries(key_files, documents, keys_per_document):
+        entries = _without_repeats(block, kept)  # so that a text of which there are millions fills no bucket
+        numbers = entries["key"][:, 0] % np.uint64(buckets)
+        order = np.argsort(numbers, kind="stable")
+        bounds = np.searchsorted(numbers[order], np.arange(buckets + 1, dtype=np.uint64))
+        for path, (begin, end) in zip(paths, pairwise(bounds), strict=True):
+            if end > begin:
+                with open(path, "ab") as file:  # opened each time: there may be more of them than a process may hold open
+                    file.write(entries[order[begin:end]].tobytes())
+    for path in paths:
+        _without_repeats(np.fromfile(path, ENTRY), kept)
         path.unlink()
     return kept[:total]
+
+
+def _without_repeats(entries: npt.NDArray[Any], kept: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Return the first document's entry of each key, and mark the later ones as not kept."""
+    order = np.lexsort((entries["document"], entries["key"][:, 1], entries["key"][:, 0]))
+    entries = entries[order]
+    keys, numbers = entries["key"], entries["document"]
+    again = (keys[1:] == keys[:-1]).all(axis=1)
+    kept[numbers[1:][again & (numbers[1:] != numbers[:-1])]] = False
+    return entries[np.concatenate(([True], ~again))] if len(entries) else entries
 
 
 def _entries(key_files: Sequence[Path], documents: Sequence[int], keys_per_document: int) -> Iterator[npt.NDArray[Any]]:

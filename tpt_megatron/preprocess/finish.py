@@ -23,6 +23,7 @@ from tpt_megatron.preprocess.dataset import JoinedDataset, Part, join
 from tpt_megatron.preprocess.duplicates import NearKeys, first_ones
 from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits
 from tpt_megatron.preprocess.plan import Plan
+from tpt_megatron.storage import LocalLocation, remove_unfinished
 from tpt_megatron.tokenizer import TokenizerLike
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def finish(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer:
 
     Raises DataError when pieces are missing or a split has no document, and OSError for a full disk; the pieces stay then.
     """
-    pieces = _all_pieces(plan, folders)
+    pieces = _all_pieces(plan, arms, folders)
     counts = Counter({name: sum(piece.counts[name] for piece in pieces) for name in COUNTS})
     with _scratch(config.output / "pieces/.finish") as scratch:
         kept = _kept(config, pieces, scratch)
@@ -46,6 +47,8 @@ def finish(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer:
                 raise DataError(f"{config.output}: no document for {split} ({read}){hint}")
         assert counts["lines_read"] == counts["records"] + counts["bad_records"] + counts["blank_lines"]
         assert counts["records"] == counts["duplicates"] + sum(found["documents"] for found in by_split.values())
+        for arm in arms:
+            remove_unfinished(LocalLocation(config.output / arm))
         datasets = _join_all(config, arms, tokenizer, pieces, kept)
     _copy_bad_records(config.output / "bad_records.jsonl", pieces, counts["bad_records"])
     manifests = {}
@@ -56,12 +59,22 @@ def finish(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer:
         manifests[f"{arm}/{split}"] = _describe(config, plan, arm, split, tokenizer, dataset, entries, by_split[split] + counts)
     for name, manifest in manifests.items():
         manifest.write(sidecar(config.output / name, "manifest.json"))
-    shutil.rmtree(config.output / "pieces")
+    forget_pieces(config.output)
     return manifests
 
 
-def _all_pieces(plan: Plan, folders: Sequence[Path]) -> list[FinishedPiece]:
+def forget_pieces(output: Path) -> None:
+    """Remove the pieces, whole or not at all: what a kill leaves of them is under another name, and goes the next time."""
+    gone = output / ".pieces.tmp"
+    shutil.rmtree(gone, ignore_errors=True)
+    if (output / "pieces").is_dir():
+        (output / "pieces").rename(gone)
+        shutil.rmtree(gone)
+
+
+def _all_pieces(plan: Plan, arms: Sequence[Arm], folders: Sequence[Path]) -> list[FinishedPiece]:
     fingerprint, found, missing = plan.fingerprint(), [], []
+    stamps: dict[tuple[Path, int], str] = {}
     for piece in plan.pieces:
         here = [folder / "pieces" / piece.name for folder in folders if (folder / "pieces" / piece.name).is_dir()]
         if not here:
@@ -70,6 +83,10 @@ def _all_pieces(plan: Plan, folders: Sequence[Path]) -> list[FinishedPiece]:
         finished = FinishedPiece.read(here[0])
         if finished.plan != fingerprint:
             raise DataError(f"{here[0]}: of another run than plan.json; run its shard again")
+        if not set(arms) <= set(finished.arms):
+            raise DataError(f"{here[0]}: lacks the arms {sorted(set(arms) - set(finished.arms))}; run its shard again with the arms of the others")
+        if stamps.setdefault((here[0].parent, piece.file), finished.input_stamp) != finished.input_stamp:
+            raise DataError(f"{plan.inputs[piece.file][0]}: has changed between the shards of {here[0].parent.parent}; run them again")
         found.append(finished)
     if missing:
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -6,6 +6,7 @@ Python would hold such a text in one to four bytes a character, beside the line 
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -58,18 +59,25 @@ class LongText:
     def _decode(self, begin: int, stop: int) -> str:
         return str(orjson.loads(b"".join((b'"', self._literal[begin:stop], b'"'))))
 
-    def measure(self) -> tuple[int, bool, str]:
-        """Decode all of it once; return its characters, whether all of them are white space, and the SHA-256 of its UTF-8."""
-        digest, length, blank = hashlib.sha256(), 0, True
+    def measure(self, refused: str | None = None) -> tuple[int, bool, str, bool]:
+        """Decode all of it once; return its characters, whether all of them are white space, the SHA-256 of its UTF-8, and whether it holds `refused`."""
+        digest, length, blank, holds, end = hashlib.sha256(), 0, True, False, ""
         for piece in self.pieces():
             digest.update(piece.encode())
             length += len(piece)
             blank = blank and piece.isspace()
-        return length, blank, digest.hexdigest()
+            if refused is not None:
+                holds = holds or refused in end + piece
+                end = (end + piece)[1 - len(refused) :] if len(refused) > 1 else ""
+        return length, blank, digest.hexdigest(), holds
 
 
-def split_long_line(line: bytearray, field: str, where: str) -> tuple[Any, LongText] | None:
-    """Return (the record with an empty text, its text), or None where the line's length is not the text's.
+PLACEHOLDER = uuid.uuid4().hex
+"""Stands for a long text in its record; no record holds it by chance."""
+
+
+def split_long_line(line: bytearray, field: str, where: str) -> tuple[dict[str, Any], bytes, LongText] | None:
+    """Return (the record with PLACEHOLDER for its text, that as JSON, the text); None where what is long is not the record's own text.
 
     Raises RecordError as `parse_json_line` does. The text is checked by `LongText.measure`.
     """
@@ -77,11 +85,13 @@ def split_long_line(line: bytearray, field: str, where: str) -> tuple[Any, LongT
     if span is None or span[1] - span[0] < LONG_LINE // 2:
         return None
     view = memoryview(line)
-    rest = b"".join((view[: span[0]], view[span[1] :]))
+    rest = b"".join((view[: span[0]], PLACEHOLDER.encode(), view[span[1] :]))
     try:
-        return orjson.loads(rest), LongText(view[span[0] : span[1]])
+        record = orjson.loads(rest)
     except orjson.JSONDecodeError as error:
         raise RecordError(where, f"not valid JSON: {error}") from None
+    is_its_own = isinstance(record, dict) and record.get(field) == PLACEHOLDER
+    return (record, rest, LongText(view[span[0] : span[1]])) if is_its_own else None
 
 
 def _string_span(line: bytearray, field: str) -> tuple[int, int] | None:

@@ -56,7 +56,10 @@ def splits(config: PreprocessConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class FinishedPiece:
-    """What a finished piece says of itself. sources: names by ARM.SPLIT; input_sha256: of the whole input file, where the piece is its first."""
+    """What a finished piece says of itself. sources: names by ARM.SPLIT; input_sha256: of the whole input file, where the piece is its first.
+
+    input_stamp: of the input when it was planned, as this piece's machine sees it.
+    """
 
     folder: Path
     plan: str
@@ -65,6 +68,7 @@ class FinishedPiece:
     counts: dict[str, int]
     sources: dict[str, list[str | None]]
     input_sha256: str | None
+    input_stamp: str
     sizes: dict[str, int]
 
     @classmethod
@@ -159,7 +163,6 @@ class PieceWorker:
                     at_work.set_aside,
                     self._line_numbers,
                     progress,
-                    checks_offsets=self._interleaves,
                     refused_text=self._refused_text,
                     longest_text=WINDOW[self._encoder.engine],
                 )
@@ -174,6 +177,7 @@ class PieceWorker:
                 "documents": at_work.documents,
                 "counts": {name: getattr(counts, name) for name in COUNTS},
                 "sources": {name: numbers.names for name, numbers in at_work.sources.items()},
+                "input_stamp": self._plan.stamps[piece.file],
                 "input_sha256": sha256_of(place) if piece.is_first else None,
                 "sizes": LocalLocation(folder).sizes(),
             }

@@ -23,7 +23,7 @@ from tpt_megatron.storage import Location
 
 BLOCK = 4_000_000  # bytes
 DOCUMENTS_PER_BATCH = 2000
-CHARACTERS_PER_BATCH = 4_000_000
+CHARACTERS_PER_BATCH = 1_000_000
 _CARRIAGE_RETURN, _WHITE_SPACE = 0x0D, b" \t\r\v\f"
 SHOWN = 4096
 """Bytes that are kept of a record which is too long."""
@@ -70,7 +70,6 @@ class LineNumbers:
 class PieceReader:
     """Reads the records of one piece; `counts` holds when `batches` is exhausted. `progress` hears of bytes.
 
-    checks_offsets: a thought that is not about its document is a bad record
     refused_text: the end-of-document token's spelling, where this tokenizer reads it in a text as that token
     longest_text: characters from which on a text is a long one
     """
@@ -82,9 +81,8 @@ class PieceReader:
     set_aside: SetAside
     line_numbers: LineNumbers
     progress: Callable[[int], object]
-    checks_offsets: bool = False
     refused_text: str | None = None
-    longest_text: int = CHARACTERS_PER_BATCH
+    longest_text: int = 4 * CHARACTERS_PER_BATCH
     counts: LineCounts = field(default_factory=LineCounts)
     _first_line: int = 0  # byte at which the first line of the piece begins
 
@@ -162,7 +160,7 @@ class PieceReader:
         if isinstance(line.data, bytearray):
             split = split_long_line(line.data, self.names.text, "")
             if split is not None:
-                return self._read_long(line.data, *split)
+                return self._read_long(*split)
         try:
             value = orjson.loads(line.view())
         except orjson.JSONDecodeError:
@@ -172,36 +170,39 @@ class PieceReader:
         self._check(document, "", len(document.document.text))
         return document
 
-    def _check(self, document: AugmentedDocument, where: str, length: int) -> None:
-        """Raise RecordError for a text that would end its document early, and for a thought that would be misplaced, since it is not about this text."""
+    def _check(self, document: AugmentedDocument, where: str, length: int, sha256: str | None = None) -> None:
+        """Raise RecordError for a text that would end its document early, and for a thought that is not about this text.
+
+        The latter also where no arm puts thoughts at what they saw: all arms hold the very same documents.
+        """
         refused = self.refused_text
         if refused is not None and any(refused in text for text in (document.document.text, *(thought.text for thought in document.thoughts))):
             raise RecordError(where, _spells(refused))
-        if not self.checks_offsets:
-            return
         for number, thought in enumerate(document.thoughts, 1):
             if thought.seen_end is not None and not 0 <= thought.seen_end <= length:
                 raise RecordError(where, f"thought {number} saw characters up to {thought.seen_end}, the document has {length}")
-            other = thought.document_hash is not None and document.document.text and thought.document_hash != text_id(document.document.text)[:16]
-            if other:
-                raise RecordError(where, f"thought {number} is about another text (document_hash {thought.document_hash})")
+            if thought.document_hash is not None:
+                sha256 = sha256 or text_id(document.document.text)
+                if not sha256.startswith(thought.document_hash):
+                    raise RecordError(where, f"thought {number} is about another text (document_hash {thought.document_hash})")
 
-    def _read_long(self, line: bytearray, record: Any, text: LongText) -> LongDocument:
+    def _read_long(self, record: dict[str, Any], rest: bytes, text: LongText) -> LongDocument:
         try:
-            length, blank, sha256 = text.measure()
+            length, blank, sha256, spells_end = text.measure(self.refused_text)
         except orjson.JSONDecodeError as error:
             raise RecordError("", f"field {self.names.text!r} is not valid JSON: {error}") from None
         except UnicodeEncodeError:
             raise RecordError("", f"field {self.names.text!r} holds a lone surrogate, which is not text") from None
-        if isinstance(record, dict) and record.get(self.names.text) == "":
-            record[self.names.text] = " " if blank else "x"  # in its place for the checks of the record's other fields
-            if record.get(self.names.id) is None:
-                record[self.names.id] = sha256[:32]
+        if spells_end:
+            raise RecordError("", _spells(str(self.refused_text)))
+        if blank:
+            record[self.names.text] = ""
+        if record.get(self.names.id) is None:
+            record[self.names.id] = sha256[:32]
         document = read_augmented(record, "", self.names)
+        _refuse_repeated_keys(_Line(rest, 0, len(rest)), document, self.names)
         bare = replace(document, document=replace(document.document, text=""))
-        self._check(bare, "", length)
-        if self.refused_text is not None and line.find(orjson.dumps(self.refused_text)[1:-1]) != -1:
-            raise RecordError("", _spells(self.refused_text))
+        self._check(bare, "", length, sha256)
         return LongDocument(bare, text, bytes.fromhex(sha256))
 
 
@@ -307,18 +308,26 @@ def _spells(refused: str) -> str:
 def _refuse_repeated_keys(line: _Line, document: AugmentedDocument, names: FieldNames) -> None:
     """Raise RecordError where a key of the record stands twice: JSON parsers keep one value and drop the other without a word.
 
-    Looks for the quoted name of the text's field first, which no text can hold, since quotes in it are escaped.
+    Looks for the quoted names of the fields that are read: no text can hold them, since quotes in it are escaped. Only where one is
+    there more often than once (in another object, mostly) is the line read by a parser that shows all keys.
     """
-    expected = 1 + (len(document.thoughts) if names.text == "text" else 0)
-    once = line.count(b'"%b"' % names.text.encode()) == expected
-    if once and (not document.thoughts or line.count(b'"thoughts"') == 1):
-        return
+    text_key = b'"%b"' % names.text.encode()
+    if line.count(text_key) == 1 + (len(document.thoughts) if names.text == "text" else 0):
+        # Where the text is nothing needs to be looked for: it takes at least a byte a character.
+        begin = line.data.find(text_key, line.begin, line.end)
+        after = begin + len(text_key) + len(document.document.text)
+        keys = [b'"%b"' % name.encode() for name in (names.id, names.source, "thoughts") if name != names.text]
+        if all(line.data.count(key, line.begin, begin) + line.data.count(key, after, line.end) <= 1 for key in keys):
+            return
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecordError("", f"the key {key!r} stands twice in one object")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise RecordError("", f"the key {next(key for key in found if keys.count(key) > 1)!r} stands twice in one object")
+        return found
 
-    json.loads(bytes(line.view()), object_pairs_hook=check)
+    try:
+        json.loads(bytes(line.view()), object_pairs_hook=check)
+    except RecursionError:
+        raise RecordError("", "nested too deeply to look for keys that stand twice") from None

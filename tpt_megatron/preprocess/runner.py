@@ -35,7 +35,7 @@ from tpt_megatron.log import progress_bar, set_up_logging
 from tpt_megatron.preprocess.delimiters import check_delimiters
 from tpt_megatron.preprocess.duplicates import NearKeys
 from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
-from tpt_megatron.preprocess.finish import finish
+from tpt_megatron.preprocess.finish import finish, forget_pieces
 from tpt_megatron.preprocess.pieces import FinishedPiece, PieceWorker, splits
 from tpt_megatron.preprocess.plan import Piece, Plan, make_plan, part_of
 from tpt_megatron.processes import WorkerProcesses, end_with_parent
@@ -62,15 +62,18 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
         NearKeys(config.near_duplicates)  # says what is not installed before any work
     refuse_inputs_in_output(config.input, LocalLocation(config.output))
     inputs = expand_inputs(config.input)
+    for place in inputs:
+        if LocalLocation(config.output).contains(place):
+            raise ConfigError(f"input={', '.join(config.input)} takes in {place}, which lies in output={config.output}; give an output folder apart")
     number, count = config.part_of_work()
     with _alone(config.output, number if config.shard else None):
         finished, pending = _finished_arms(config, tokenizer, inputs)
         if not pending:
             _forget_pieces(config)
             return finished
-        plan = _plan(config, inputs, _settings(config, tokenizer))
+        plan = _plan(config, inputs, _settings(config, tokenizer), pending)
         part = part_of(plan, number, count)
-        _save_run(config, tokenizer)
+        _save_run(config, tokenizer, pending)
         kept = _kept_pieces(config, plan, part, pending)
         todo = [piece for piece in part if piece.number not in kept]
         if todo:
@@ -89,8 +92,13 @@ def merge(output: Path, folders: Sequence[Path]) -> dict[str, Manifest]:
 
     Copies bytes; nothing is tokenised again. Raises DataError when shards are missing, or are of other inputs or settings.
     """
+    for folder in folders:
+        if not (folder / "pieces").is_dir():
+            raise DataError(f"{folder}: has no pieces; give the output folders of tpt preprocess runs with shard=NUMBER/COUNT")
     places = [output, *folders]
     begun = next((place for place in places if (place / "pieces/run.json").is_file()), None)
+    if begun is None and any(output.glob("*/*.manifest.json")):
+        raise DataError(f"{output}: holds finished datasets and no shards any more: they were joined before")
     if begun is None:
         raise DataError(f"{output}: no shards here; give the output of tpt preprocess runs with shard=NUMBER/COUNT, and their folders where they are apart")
     run = read_json(begun / "pieces/run.json")
@@ -101,7 +109,7 @@ def merge(output: Path, folders: Sequence[Path]) -> dict[str, Manifest]:
         if (place / "plan.json").is_file() and Plan.read(LocalLocation(place / "plan.json")).fingerprint() != plan.fingerprint():
             raise DataError(f"{place}: made from other inputs or with other settings than {begun}; shards of one run only can be joined")
     with _alone(output, None):
-        return finish(config, plan, list(config.arms), tokenizer, places)
+        return finish(config, plan, run["arms"], tokenizer, places)
 
 
 @contextmanager
@@ -155,6 +163,11 @@ def _finished_arm(config: PreprocessConfig, arm: Arm, tokenizer: TokenizerLike, 
         if not same_settings or not _same_inputs(config.output, manifest, inputs):
             what = "inputs" if same_settings else "settings"
             raise ConfigError(f"output={config.output}: {path} was made from other {what}; give another output, or remove the folder")
+        if config.on_bad_record == "fail" and manifest.counts["bad_records"]:
+            aside = config.output / "bad_records.jsonl"
+            raise DataError(
+                f"{path}: made with {manifest.counts['bad_records']} bad records set aside (see {aside}); give another output for on_bad_record=fail"
+            )
         try:
             check_outputs(manifest, folder, checksums=False)
         except DataError as error:
@@ -173,12 +186,15 @@ def _same_inputs(output: Path, manifest: Manifest, inputs: list[Location]) -> bo
     return all(known.get(entry.name) == place.stamp() or sha256_of(place) == entry.sha256 for entry, place in zip(manifest.inputs, inputs, strict=True))
 
 
-def _plan(config: PreprocessConfig, inputs: list[Location], settings: dict[str, Any]) -> Plan:
+def _plan(config: PreprocessConfig, inputs: list[Location], settings: dict[str, Any], arms: Sequence[Arm]) -> Plan:
     """Return the plan of this run, and put it into the output. Pieces of another plan are removed, but not while shards may be at work."""
     place, pieces = LocalLocation(config.output / "plan.json"), config.output / "pieces"
     plan = make_plan(inputs, settings, config.piece_megabytes, is_shared=config.workers > 1 or config.shard is not None)
-    if place.is_file() and pieces.is_dir():
+    part_of(plan, *config.part_of_work())  # refuses more shards than pieces before anything is written
+    if place.is_file() and any(pieces.glob("[0-9]*")):
         before = Plan.read(place)
+        if config.shard is not None and set(read_json(pieces / "run.json")["arms"]) != set(arms):
+            raise ConfigError(f"output={config.output}: holds shards of other arms; give another output, or remove the folder")
         if before.is_of(plan):
             return before
         if config.shard is not None and before.fingerprint() != plan.fingerprint():
@@ -190,12 +206,13 @@ def _plan(config: PreprocessConfig, inputs: list[Location], settings: dict[str, 
     return plan
 
 
-def _save_run(config: PreprocessConfig, tokenizer: TokenizerLike) -> None:
+def _save_run(config: PreprocessConfig, tokenizer: TokenizerLike, arms: Sequence[Arm]) -> None:
     """Keep beside the pieces what `merge` needs to know: the config and the tokenizer."""
     folder = config.output / "pieces"
     folder.mkdir(exist_ok=True)
     tokenizer.save(folder / tokenizer.file_name)
-    write_json(folder / "run.json", {"config": config.model_dump(mode="json", exclude={"shard", "output"}), "tokenizer": tokenizer.file_name})
+    settings = config.model_dump(mode="json", exclude={"shard", "output"})
+    write_json(folder / "run.json", {"config": settings, "arms": arms, "tokenizer": tokenizer.file_name})
 
 
 def _kept_pieces(config: PreprocessConfig, plan: Plan, part: Sequence[Piece], arms: Sequence[Arm]) -> set[int]:
@@ -212,7 +229,8 @@ def _kept_pieces(config: PreprocessConfig, plan: Plan, part: Sequence[Piece], ar
         except DataError as error:
             logger.warning("piece %s is made anew: %s", piece.name, error)
         else:
-            if finished.plan == fingerprint and set(arms) <= set(finished.arms):
+            is_ours = finished.plan == fingerprint and set(arms) <= set(finished.arms) and finished.input_stamp == plan.stamps[piece.file]
+            if is_ours and not (config.on_bad_record == "fail" and finished.counts["bad_records"]):
                 kept.add(piece.number)
                 continue
         shutil.rmtree(folder)
@@ -223,9 +241,9 @@ def _kept_pieces(config: PreprocessConfig, plan: Plan, part: Sequence[Piece], ar
 
 def _forget_pieces(config: PreprocessConfig) -> None:
     """Remove the pieces of a run that was killed between its last manifest and its end."""
-    pieces = config.output / "pieces"
-    if (pieces / "run.json").is_file() and set(read_json(pieces / "run.json")["config"]["arms"]) <= set(config.arms):
-        shutil.rmtree(pieces)
+    run = config.output / "pieces/run.json"
+    if not run.is_file() or set(read_json(run)["arms"]) <= set(config.arms):
+        forget_pieces(config.output)
 
 
 def _check_unchanged(plan: Plan, inputs: list[Location]) -> None:

@@ -91,3 +91,4 @@ def test_mixed_draws_by_weight_and_apart_from_the_split() -> None:
     in_split = [arm for arm, sha256 in zip(found, hashes(4000), strict=True) if in_validation(sha256, 0.25)]
     assert 0.68 < in_split.count("append") / len(in_split) < 0.82
     assert plain_arm("prepend", hashes(1)[0], weights) == "prepend"
+    assert found == [plain_arm("mixed", sha256, dict(reversed(weights.items()))) for sha256 in hashes(4000)]

@@ -297,3 +297,14 @@ def test_a_sentencepiece_model_is_loaded_from_a_file_or_folder_and_saved(tmp_pat
             load_tokenizer(str(tmp_path), "</s>")
     train_word_tokenizer(["a"]).save(tmp_path / "tokenizer.json")
     assert load_tokenizer(str(tmp_path), END_OF_DOCUMENT).file_name == "tokenizer.json"
+
+
+def test_of_the_bytes_of_one_character_only_the_last_covers_it() -> None:
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "</s>": 257, "a": 258, "▁": 259, "b": 260}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    hugging_face = Encoder(Tokenizer(backend, "</s>"), "tokenizers")
+    for encoder in (best("sentencepiece"), hugging_face):
+        ids = encoder.encode(["a 日b"])[0]
+        assert len(ids) == 6
+        assert encoder.token_ends("a 日b", ids).tolist() == [1, 2, 2, 2, 3, 4]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tpt_megatron.errors import RecordError
 from tpt_megatron.preprocess import long_text
-from tpt_megatron.preprocess.long_text import LongText, StringText, split_long_line
+from tpt_megatron.preprocess.long_text import PLACEHOLDER, LongText, StringText, split_long_line
 
 texts = st.text(st.one_of(st.sampled_from('\\"\nu0é中😀 '), st.characters(exclude_categories=("Cs",))), max_size=60)
 
@@ -28,7 +28,10 @@ def literal(text: str, *, ascii_only: bool) -> memoryview:
 def test_pieces_make_the_text_wherever_they_are_cut(text: str, ascii_only: bool) -> None:
     long = LongText(literal(text, ascii_only=ascii_only))
     assert "".join(long.pieces()) == text
-    assert long.measure() == (len(text), text.isspace() or not text, hashlib.sha256(text.encode()).hexdigest())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert long.measure() == (len(text), text.isspace() or not text, digest, False)
+    for part in (text[3:9], text[12:14], "nowhere"):
+        assert not part or long.measure(part)[3] == (part in text)
 
 
 @given(texts)
@@ -51,8 +54,8 @@ def test_a_line_is_split_into_record_and_text(text: str, first: bool, spaced: bo
     line = json.dumps(record, separators=(" , ", " : ") if spaced else (",", ":")).encode()
     split = split_long_line(bytearray(line), "text", "f:1")
     assert split is not None
-    assert split[0] == record | {"text": ""}
-    assert "".join(split[1].pieces()) == text
+    assert split[0] == record | {"text": PLACEHOLDER} == json.loads(split[1])
+    assert "".join(split[2].pieces()) == text
 
 
 def test_a_line_that_is_long_for_another_reason_is_not_split() -> None:

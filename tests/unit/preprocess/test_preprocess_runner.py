@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import tokenizers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_dataset
-from tpt_megatron.errors import ConfigError, DataError
-from tpt_megatron.preprocess import finish, long_text, pieces, reading, runner
+from tpt_megatron.errors import ConfigError, DataError, RecordError
+from tpt_megatron.preprocess import duplicates, finish, long_text, pieces, reading, runner
 from tpt_megatron.preprocess.compose import in_validation, plain_arm
 from tpt_megatron.preprocess.runner import merge, run_preprocess
 from tpt_megatron.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_word_tokenizer
@@ -315,7 +317,7 @@ def test_an_input_that_changes_while_it_is_read_ends_the_run(tmp_path: Path, mon
 def test_what_a_kill_after_the_last_manifest_leaves_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, some(20))
     with monkeypatch.context() as patch:
-        patch.setattr(finish.shutil, "rmtree", lambda *arguments, **options: None)
+        patch.setattr(finish, "forget_pieces", lambda output: None)
         run_preprocess(config(tmp_path))
     assert (tmp_path / "out/pieces/00000").is_dir()
     run_preprocess(config(tmp_path, arms=ARMS[:1]))
@@ -430,3 +432,89 @@ def test_a_text_that_this_tokenizer_would_read_as_an_end_is_set_aside(tmp_path: 
     assert entry["where"].endswith("in.jsonl:2")
     assert entry["reason"] == "the text spells '</s>', which this tokenizer reads as the end of the document"
     assert (open_dataset(tmp_path / "out/vanilla/train").tokens == 2).sum() == 2
+
+
+def test_shards_of_other_arms_or_of_an_input_that_changed_are_not_joined(tmp_path: Path) -> None:
+    write(tmp_path, some(200))
+    given = {"piece_megabytes": 0.004, "arms": ["vanilla", "append"]}
+    run_preprocess(config(tmp_path, **given, shard="1/2"))
+    with pytest.raises(ConfigError, match="holds shards of other arms"):
+        run_preprocess(config(tmp_path, **(given | {"arms": ["vanilla"]}), shard="2/2"))
+    run_preprocess(config(tmp_path, **(given | {"arms": ["vanilla"]}), shard="2/2", output=tmp_path / "other"))
+    with pytest.raises(DataError, match=r"lacks the arms \['append'\]"):
+        merge(tmp_path / "out", [tmp_path / "other"])
+    (tmp_path / "in.jsonl").write_bytes((tmp_path / "in.jsonl").read_bytes().replace(b"document", b"Document"))
+    run_preprocess(config(tmp_path, **given, shard="2/2"))
+    with pytest.raises(DataError, match=r"in\.jsonl: has changed between the shards"):
+        merge(tmp_path / "out", [])
+    run_preprocess(config(tmp_path, **given, shard="1/2"))
+    merge(tmp_path / "out", [])
+    tokenizer = load_tokenizer("byte", END_OF_DOCUMENT)
+    assert "document" not in tokenizer.decode(open_dataset(tmp_path / "out/vanilla/train").tokens.tolist())
+    with pytest.raises(DataError, match="they were joined before"):
+        merge(tmp_path / "out", [])
+    with pytest.raises(DataError, match="has no pieces"):
+        merge(tmp_path / "out", [tmp_path / "nowhere"])
+
+
+def test_too_many_shards_are_refused_and_smaller_pieces_are_the_way_out(tmp_path: Path) -> None:
+    write(tmp_path, some(200))
+    with pytest.raises(ConfigError, match="give fewer shards or a smaller piece_megabytes"):
+        run_preprocess(config(tmp_path, shard="1/3"))
+    run_preprocess(config(tmp_path, shard="1/3", piece_megabytes=0.004))
+
+
+def test_under_fail_nothing_that_set_a_record_aside_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, some(20))
+    with open(tmp_path / "in.jsonl", "a") as file:
+        file.write("{\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "finish", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            run_preprocess(config(tmp_path))
+    with pytest.raises(RecordError, match=r"in\.jsonl:21: "):
+        run_preprocess(config(tmp_path, on_bad_record="fail"))
+    run_preprocess(config(tmp_path))
+    with pytest.raises(DataError, match="made with 1 bad records set aside"):
+        run_preprocess(config(tmp_path, on_bad_record="fail"))
+
+
+def test_the_documents_of_an_arm_do_not_depend_on_the_other_arms(tmp_path: Path) -> None:
+    write(tmp_path, some(20))
+    with open(tmp_path / "in.jsonl", "a") as file:
+        file.write(json.dumps({"text": "abc", "thoughts": [{"text": "t", "generator": "g", "seen_end": 4}]}) + "\n")
+    alone = run_preprocess(config(tmp_path, arms=["vanilla"]))["vanilla/train"].counts
+    assert (alone["documents"], alone["bad_records"]) == (20, 1)
+    assert run_preprocess(config(tmp_path, arms=["vanilla", "interleave"]))["interleave/train"].counts["documents"] == 20
+
+
+def test_a_glob_that_takes_the_output_in_and_a_remote_output_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, some(5))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/bad_records.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ConfigError, match=r"takes in .*bad_records\.jsonl, which lies in output="):
+        run_preprocess(config(tmp_path, input=str(tmp_path / "**/*.jsonl")))
+    with pytest.raises(ValidationError, match="must be a folder of this machine"):
+        config(tmp_path, output="s3://bucket/data")
+    with pytest.raises(ConfigError, match=r"threshold=0\.999 with permutations=16 is impossible"):
+        run_preprocess(config(tmp_path, output=tmp_path / "near", deduplicate="near", near_duplicates={"threshold": 0.999, "permutations": 16}))
+
+
+def test_repeats_are_found_in_any_bucket_and_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    keys = [[draw.randrange(40).to_bytes(16, "little") for _ in range(2)] for _ in range(300)]
+    counts = [0, 120, 1, 179]
+    begin = 0
+    for number, count in enumerate(counts):
+        (tmp_path / f"{number}.bin").write_bytes(b"".join(key for both in keys[begin : begin + count] for key in both))
+        begin += count
+    expected, seen = [], set()
+    for both in keys:
+        expected.append(not seen & set(both))
+        seen |= set(both)
+    for size, block in ((48_000_000, 1 << 19), (500, 16)):
+        monkeypatch.setattr(duplicates, "BUCKET_BYTES", size)
+        monkeypatch.setattr(duplicates, "ENTRIES_AT_ONCE", block)
+        found = duplicates.first_ones([tmp_path / f"{number}.bin" for number in range(4)], counts, 2, tmp_path)
+        assert found.tolist() == expected
+    assert 5 < sum(expected) < 40

@@ -29,18 +29,19 @@ LINES = st.lists(st.sampled_from([b"", b" ", b"{", b'{"text": "a"}', b'{"text": 
 class Read:
     """What came of reading some pieces of a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, refused_text: str | None = None) -> None:
+        self._refused_text = refused_text
         self.texts: list[str] = []
         self.bad: list[str] = []
         self.counts = LineCounts()
 
-    def piece(self, path: Path, piece: Piece, *, longest: int = 10_000, checks_offsets: bool = False) -> None:
+    def piece(self, path: Path, piece: Piece, *, longest: int = 10_000) -> None:
         numbers = LineNumbers()
 
         def set_aside(line: bytes, error: RecordError) -> None:
             self.bad.append(f"{error.where.removeprefix(str(path))} {line[:20]!r} {error.reason}")
 
-        reader = PieceReader(LocalLocation(path), piece, FieldNames(), longest, set_aside, numbers, lambda amount: None, checks_offsets=checks_offsets)
+        reader = PieceReader(LocalLocation(path), piece, FieldNames(), longest, set_aside, numbers, lambda amount: None, refused_text=self._refused_text)
         for batch in reader.batches():
             if isinstance(batch, LongDocument):
                 self.texts.append("".join(batch.text.pieces()))
@@ -134,6 +135,10 @@ def test_a_long_text_is_checked_before_anything_of_it_is_used(tmp_path: Path, mo
         (b'{"text": "a", "thoughts": [{"text": "t", "generator": "g"}]}', False),
         (b'{"text": "a", "thoughts": [{"text": "t", "text": "u", "generator": "g"}]}', True),
         (b'{"text": "a", "thoughts": [{"text": "t", "generator": "g"}], "thoughts": [{"text": "u", "generator": "g"}]}', True),
+        (b'{"id": "a", "text": "a", "id": "b"}', True),
+        (b'{"text": "a", "source": "a", "source": "b"}', True),
+        (b'{"id": "a", "text": "a", "meta": {"id": "b"}}', False),
+        (b'{"text": "\xc3\xa9\\u00e9 \\"id\\": 1", "id": "b", "meta": {"source": "c"}}', False),
         (b'{"text": "a", "thoughts": [], "thoughts": [{"text": "u", "generator": "g"}]}', True),
     ],
 )
@@ -144,12 +149,11 @@ def test_a_key_that_stands_twice_is_a_bad_record(tmp_path: Path, line: bytes, re
     assert not repeated or "stands twice in one object" in read.bad[0]
 
 
-def test_thoughts_that_are_not_about_the_text_are_bad_where_their_place_matters(tmp_path: Path) -> None:
+def test_thoughts_that_are_not_about_the_text_are_bad(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     thoughts = [{"seen_end": 3}, {"seen_end": 4}, {"document_hash": "0" * 16}, {}]
     path.write_text("".join(json.dumps({"text": "abc", "thoughts": [{"text": "t", "generator": "g", **thought}]}) + "\n" for thought in thoughts))
-    assert len(read_whole(path).texts) == 4
-    read = read_whole(path, checks_offsets=True)
+    read = read_whole(path)
     assert len(read.texts) == 2
     assert "thought 1 saw characters up to 4, the document has 3" in read.bad[0]
     assert "thought 1 is about another text" in read.bad[1]
@@ -209,3 +213,41 @@ def test_a_damaged_plan_and_a_missing_input_are_said(tmp_path: Path) -> None:
         Plan.read(LocalLocation(tmp_path / "plan.json"))
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         make_plan([LocalLocation(tmp_path / "none.jsonl")], {}, None)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (b'{"meta": {"text": "%b"}, "text": "short one"}', "short one"),
+        (b'{"text": "the document", "thoughts": [{"text": "%b", "generator": "g"}]}', "the document"),
+        (b'{"text": "", "meta": {"text": "%b"}}', None),
+        (b'{"text": "%b", "text": "the last"}', None),
+        (b'{"text": "the first", "text": "%b"}', None),
+        (b'{"text": "%b", "id": "a", "id": "b"}', None),
+        (b'{"text": "%b", "thoughts": [{"text": "t", "generator": "g", "document_hash": "0000"}]}', None),
+        (b'{"text": "%b", "meta": "</s>"}', "long"),
+        (b'{"text": "%b<\\/s>"}', None),
+        (b'{"text": "%b", "id": "x"}', "long"),
+    ],
+)
+def test_long_and_short_records_are_judged_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: bytes, expected: str | None) -> None:
+    long = b"word " * 60
+    (tmp_path / "in.jsonl").write_bytes(record.replace(b"%b", long) + b"\n")
+    found = []
+    for limit in (50, 10_000):
+        monkeypatch.setattr(reading, "LONG_LINE", limit)
+        monkeypatch.setattr(long_text, "LONG_LINE", limit)
+        monkeypatch.setattr(reading, "BLOCK", 64)
+        read = Read("</s>")
+        read.piece(tmp_path / "in.jsonl", Piece(0, 0, 0, 10_000))
+        found.append((read.texts, len(read.bad)))
+    assert found[0] == found[1] == (([long.decode() if expected == "long" else expected], 0) if expected else ([], 1))
+
+
+def test_what_is_nested_deeply_or_has_very_many_keys_stops_nothing(tmp_path: Path) -> None:
+    deep = b'{"text": "a", "kind": "text", "deep": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+    many = b'{"text": "a", "kind": "text", "many": {' + b", ".join(b'"k%d": 1' % i for i in range(40_000)) + b"}}"
+    (tmp_path / "in.jsonl").write_bytes(deep + b"\n" + many + b"\n")
+    read = read_whole(tmp_path / "in.jsonl", longest=10_000_000)
+    assert read.texts == ["a"]
+    assert "nested too deeply" in read.bad[0] or "recursion" in read.bad[0].lower()
