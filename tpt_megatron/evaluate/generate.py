@@ -50,7 +50,8 @@ class Generator:
         if not (folder / "config.json").is_file():
             raise DataError(f"{folder}: not a Hugging Face model folder (no config.json in it); give one, or a run as run_dir")
         if not (folder / "tokenizer.json").is_file():
-            raise DataError(f"{folder}: has no tokenizer.json, so prompts cannot be read; the run's dataset had no tokenizer")
+            why = "evaluation reads no SentencePiece tokenizers yet" if (folder / "tokenizer.model").is_file() else "the run's dataset had no tokenizer"
+            raise DataError(f"{folder}: has no tokenizer.json, so prompts cannot be read; {why}")
         try:
             with _quiet():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
