@@ -36,27 +36,6 @@ def temporary_neighbour(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that no longer run left under temporary names in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        process = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
-        if process.isdigit() and not _is_running(int(process)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # it runs, as another user's
-    return True
-
-
 @overload
 def open_atomic(path: Path, mode: Literal["wb"] = "wb") -> Any: ...
 @overload

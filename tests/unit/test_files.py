@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tpt_megatron import files
 from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import Manifest, check_outputs, describe_file, open_atomic, parse_json_line, read_lines, read_manifest, whole_folder
 from tpt_megatron.record_files import expand_inputs
@@ -137,16 +136,6 @@ def test_manifests_are_checked_for_kind_version_size_and_bytes(tmp_path: Path) -
     manifest.model_copy(update={"manifest_version": 99}).write(tmp_path / "manifest.json")
     with pytest.raises(DataError, match="manifest version 99"):
         read_manifest(tmp_path / "manifest.json", "augmented")
-
-
-def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
-    alive = files.temporary_neighbour(tmp_path / "a.jsonl")
-    dead = tmp_path / ".a.jsonl.4194304.tmp"  # one more than the largest process id Linux gives
-    other = tmp_path / ".mine.tmp"
-    for path in (alive, dead, other):
-        path.touch()
-    files.remove_leftovers(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([alive, other])
 
 
 def test_a_zstd_file_that_compresses_very_well_is_read_a_little_at_a_time(tmp_path: Path) -> None:

@@ -12,13 +12,11 @@ from tpt_megatron.datasets import MANIFEST_KIND, TokenDataset, open_dataset, sid
 from tpt_megatron.errors import DataError, UsageError
 from tpt_megatron.files import read_manifest
 from tpt_megatron.inspection.documents import print_documents, tokenizer_file
-from tpt_megatron.inspection.printing import counts_table, one_line, print_facts, print_line, print_table, printable, table_name
+from tpt_megatron.inspection.printing import counts_table, one_line, print_facts, print_line, print_table, table_name
 from tpt_megatron.inspection.records import holds_records, print_records
 from tpt_megatron.inspection.summary import Summary, distribution, percentiles, shown_kinds, summarise
 from tpt_megatron.inspection.verify import verify
 from tpt_megatron.storage import locate
-
-__all__ = ["inspect_path", "printable"]
 
 SOURCES_SHOWN = 30
 SIDECARS = ("parts.bin", "sources.bin", "documents.parquet", "tokenizer.json", "tokenizer.model", "manifest.json")

@@ -115,7 +115,6 @@ class PartWriter:
     """Writes one part of a dataset. Sequences are gathered by `add` and written by `flush`. Memory: one batch, and a row group of the table."""
 
     def __init__(self, stem: Path, dtype: np.dtype[Any], eod_id: int, sources: SourceNumbers, *, ordinals: bool) -> None:
-        self.counts = TokenCounts()
         self._stem, self._dtype, self._sources = stem, dtype, sources
         self._end = np.array([eod_id], np.uint32)
         self._batch = _Batch()
@@ -191,9 +190,6 @@ class PartWriter:
             column.extend(more)
         if len(self._columns[0]) >= ROWS_PER_GROUP:
             self._write_rows()
-        self.counts.sequences += len(rows)
-        self.counts.tokens_thinking += int(thinking.sum())
-        self.counts.tokens_document += int((lengths - thinking).sum())
 
     def _write_rows(self) -> None:
         if self._columns[0]:

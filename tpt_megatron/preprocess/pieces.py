@@ -110,8 +110,7 @@ class SpooledIds:
 def keep_freed_memory() -> None:
     """Have the C library keep memory that is freed: a worker takes and frees blocks of some megabytes all the time.
 
-    Given back and taken anew, their pages are cleared by the kernel each time: a sixth of a worker's CPU time where it was
-    measured (benchmarks/preprocess.py). Does nothing without glibc.
+    Given back and taken anew, their pages are cleared by the kernel each time. Does nothing without glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -18,7 +18,8 @@ from tpt_megatron.datasets import open_dataset, sidecar
 from tpt_megatron.errors import DataError, UsageError
 from tpt_megatron.files import sha256_of
 from tpt_megatron.inspection import summary as summaries
-from tpt_megatron.inspection.show import inspect_path, printable
+from tpt_megatron.inspection.printing import printable
+from tpt_megatron.inspection.show import inspect_path
 from tpt_megatron.inspection.summary import histogram, percentiles, summarise
 from tpt_megatron.inspection.verify import verify
 from tpt_megatron.preprocess.runner import run_preprocess
