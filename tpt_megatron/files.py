@@ -77,22 +77,31 @@ def read_json(path: Place) -> Any:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, do: Callable[[Callable[[], None]], object] = lambda call: call()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    Every file in it is synced before the rename. `path` must not exist (OSError otherwise), or be empty.
+    Every file in it is synced before the rename. `path` must not exist (OSError otherwise), or be empty. `do` is given the call that
+    syncs and renames, and may leave it to another thread.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_neighbour(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+
+    def give_name() -> None:
+        try:
+            sync_tree(temporary)
+            os.rename(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
     try:
         yield temporary
-        sync_tree(temporary)
-        os.rename(temporary, path)
-        sync_folder(path.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    do(give_name)
 
 
 def sync_tree(folder: Path) -> None:

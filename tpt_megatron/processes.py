@@ -59,10 +59,11 @@ class WorkerProcesses:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def are_at_work(self) -> bool:
-        """Wait some seconds, or until one ends; say whether any is still alive. One that failed has the others asked to end."""
+    def are_at_work(self, seconds: float = WAIT_S) -> bool:
+        """Wait so long, or until one ends; say whether any is still alive. One that failed has the others asked to end."""
         alive = [process.sentinel for process in self._processes if process.is_alive()]
-        wait(alive, timeout=WAIT_S)
+        if alive:  # for nothing at all it would wait, too
+            wait(alive, timeout=seconds)
         if self._stopped or any(process.exitcode for process in self._processes):
             self._end()
         return bool(alive)

@@ -20,7 +20,7 @@ from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.datasets import open_dataset
 from tpt_megatron.errors import DataError, RecordError
-from tpt_megatron.preprocess import finish
+from tpt_megatron.preprocess import joining
 from tpt_megatron.preprocess.runner import run_preprocess
 from tpt_megatron.records import text_id
 
@@ -267,15 +267,15 @@ def test_an_error_in_the_middle_keeps_finished_shards_and_leaves_no_half_written
 
 def test_an_error_while_datasets_are_joined_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.jsonl").write_bytes(GOOD)
-    original = finish.join
+    original = joining.DatasetJoin.close
 
-    def join(parts: Any, prefix: Path, *others: Any) -> Any:
-        if prefix.parent.name == "append":
+    def close(join: joining.DatasetJoin) -> Any:
+        if join._prefix.parent.name == "append":
             raise OSError(28, "No space left on device")
-        return original(parts, prefix, *others)
+        return original(join)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "join", join)
+        patch.setattr(joining.DatasetJoin, "close", close)
         with pytest.raises(OSError, match="No space left"):
             run_preprocess(preprocess(tmp_path))
     assert not [name for name in finished(tmp_path / "out") if not name.startswith("pieces/")]

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tpt_megatron.datasets import token_dtype
-from tpt_megatron.preprocess.dataset import JoinedDataset, Part, PartWriter, Row, SourceNumbers, join
+from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
+from tpt_megatron.preprocess.joining import DatasetJoin, JoinedDataset, Part
 from tpt_megatron.tokenizer import TokenizerLike
 
 TrainingSequence = tuple[list[tuple[int, list[int]]], str, str | None, str | None]
@@ -32,6 +33,14 @@ def write_dataset(
                     if ordinal % 3 == 2:
                         writer.flush()
             parts.append(Part(stem, sources.names, None if kept is None else np.array(kept[begin:end], np.bool_)))
-        dataset = join(parts, prefix, dtype, tokenizer.file_name, tokenizer.to_bytes())
+        join = DatasetJoin(prefix, dtype, tokenizer.file_name, tokenizer.to_bytes())
+        try:
+            for part in parts:
+                for step in join.steps(part, is_only=len(parts) == 1):
+                    step()
+            dataset = join.close()
+        except BaseException:
+            join.discard()
+            raise
     dataset.rename()
     return dataset

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +20,85 @@ from tpt_megatron.config.preprocess import Arm, PreprocessConfig
 from tpt_megatron.datasets import MANIFEST_KIND, sidecar, token_dtype
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import FileEntry, Manifest, open_atomic
-from tpt_megatron.preprocess.dataset import JoinedDataset, Part, join
+from tpt_megatron.log import progress_bar
 from tpt_megatron.preprocess.duplicates import NearKeys, first_ones
+from tpt_megatron.preprocess.joining import DatasetJoin, JoinedDataset, Part
 from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits
 from tpt_megatron.preprocess.plan import Plan
 from tpt_megatron.storage import LocalLocation, remove_unfinished
 from tpt_megatron.tokenizer import TokenizerLike
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-def finish(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike, folders: Sequence[Path]) -> dict[str, Manifest]:
+class Joining:
+    """The pieces of a run on their way into the datasets of every arm and split, for a `with` block that discards them on an error.
+
+    Pieces come in order, and may come while others are still worked on, unless there are duplicates to be left out: which those are
+    is known at the end. Reading, writing and hashing leave Python's lock alone, so there are as many threads as workers.
+    """
+
+    def __init__(self, config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike) -> None:
+        self._config, self._plan, self._arms, self._tokenizer = config, plan, arms, tokenizer
+        self._joins: dict[tuple[Arm, str], DatasetJoin] = {}
+        self._joined = 0
+        self._pool = ThreadPoolExecutor(config.workers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if error is not None:
+            for join in self._joins.values():
+                join.discard()
+
+    def add_next_finished(self) -> bool:
+        """Join the next piece if it is finished and can be joined; say whether it was."""
+        if self._joined == len(self._plan.pieces) or self._config.deduplicate != "none":
+            return False
+        folder = self._config.output / "pieces" / self._plan.pieces[self._joined].name
+        if not folder.is_dir():
+            return False
+        self._add(FinishedPiece.read(folder), None)
+        return True
+
+    def close(self, pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]] | None) -> dict[tuple[Arm, str], JoinedDataset]:
+        """Join those of all pieces that have not been joined yet, and return the datasets, which have no names yet."""
+        with progress_bar("join", len(pieces), completed=self._joined) as bar:
+            for number in range(self._joined, len(pieces)):
+                self._add(pieces[number], None if kept is None else kept[number])
+                bar.advance(1)
+        made = self._side_by_side([join.close for join in self._joins.values()])
+        return dict(zip(self._joins, made, strict=True))
+
+    def _add(self, piece: FinishedPiece, kept: npt.NDArray[np.bool_] | None) -> None:
+        if not self._joins:
+            self._open()
+        steps: list[Callable[[], None]] = []
+        for (arm, split), join in self._joins.items():
+            stem = f"{arm}.{split}"
+            steps += join.steps(Part(piece.folder / stem, piece.sources[stem], kept), is_only=len(self._plan.pieces) == 1)
+        self._side_by_side(steps)
+        self._joined += 1
+
+    def _open(self) -> None:
+        dtype, tokenizer_bytes = token_dtype(self._tokenizer.vocabulary_size), self._tokenizer.to_bytes()
+        for arm in self._arms:
+            remove_unfinished(LocalLocation(self._config.output / arm))
+            for split in splits(self._config):
+                self._joins[arm, split] = DatasetJoin(self._config.output / arm / split, dtype, self._tokenizer.file_name, tokenizer_bytes)
+
+    def _side_by_side(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        futures = [self._pool.submit(call) for call in calls]
+        wait(futures)  # all, before what they write to is closed
+        return [future.result() for future in futures]
+
+
+def finish(
+    config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike, folders: Sequence[Path], joining: Joining
+) -> dict[str, Manifest]:
     """Join the pieces that lie in `folders` into the datasets of `arms` in config.output; return their manifests by ARM/SPLIT.
 
     Raises DataError when pieces are missing or a split has no document, and OSError for a full disk; the pieces stay then.
@@ -47,9 +116,7 @@ def finish(config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer:
                 raise DataError(f"{config.output}: no document for {split} ({read}){hint}")
         assert counts["lines_read"] == counts["records"] + counts["bad_records"] + counts["blank_lines"]
         assert counts["records"] == counts["duplicates"] + sum(found["documents"] for found in by_split.values())
-        for arm in arms:
-            remove_unfinished(LocalLocation(config.output / arm))
-        datasets = _join_all(config, arms, tokenizer, pieces, kept)
+        datasets = joining.close(pieces, kept)
     _copy_bad_records(config.output / "bad_records.jsonl", pieces, counts["bad_records"])
     manifests = {}
     entries = _input_entries(plan, pieces)
@@ -125,30 +192,6 @@ def _documents(pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]
         found["documents"] += int(np.count_nonzero(chosen))
         found["documents_without_thoughts"] += int(np.count_nonzero(chosen & ((flags & WITHOUT_THOUGHTS) != 0)))
     return found
-
-
-def _join_all(
-    config: PreprocessConfig, arms: Sequence[Arm], tokenizer: TokenizerLike, pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]] | None
-) -> dict[tuple[Arm, str], JoinedDataset]:
-    """Join every arm and split, as many at once as there are workers: copying and hashing leave Python's lock alone."""
-    dtype, tokenizer_bytes = token_dtype(tokenizer.vocabulary_size), tokenizer.to_bytes()
-
-    def make(name: tuple[Arm, str]) -> JoinedDataset:
-        arm, split = name
-        stem = f"{arm}.{split}"
-        parts = [Part(piece.folder / stem, piece.sources[stem], None if kept is None else kept[number]) for number, piece in enumerate(pieces)]
-        return join(parts, config.output / arm / split, dtype, tokenizer.file_name, tokenizer_bytes)
-
-    names = [(arm, split) for arm in arms for split in splits(config)]
-    with ThreadPoolExecutor(config.workers) as pool:
-        made = {name: pool.submit(make, name) for name in names}
-    failed = next((error for future in made.values() if (error := future.exception()) is not None), None)
-    if failed is not None:
-        for future in made.values():
-            if future.exception() is None:
-                future.result().discard()
-        raise failed
-    return {name: future.result() for name, future in made.items()}
 
 
 def _copy_bad_records(path: Path, pieces: Sequence[FinishedPiece], count: int) -> None:

@@ -13,12 +13,14 @@ import ctypes
 import errno
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +123,10 @@ def keep_freed_memory() -> None:
 
 
 class PieceWorker:
-    """Works pieces off, one after the other, in one process."""
+    """Works pieces off, one after the other, in one process. For a `with` block, at whose end all have their names.
+
+    The next piece does not wait until the last one is on the disk: a thread of its own syncs it and gives it its name.
+    """
 
     def __init__(self, config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike, encoder: Encoder) -> None:
         keep_freed_memory()
@@ -139,19 +144,24 @@ class PieceWorker:
         self._hashes = config.validation_fraction > 0 or config.deduplicate == "exact" or "mixed" in arms
         self._line_numbers = LineNumbers()
         self._warnings = 0
+        self._syncing_thread = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._syncing_thread.shutdown()
+        if error is None:
+            self._wait()
 
     def run(self, piece: Piece, progress: Any = lambda amount: None) -> None:
-        """Make the piece's folder. Raises DataError for an input that cannot be read, RecordError under on_bad_record=fail."""
-        try:
-            self._make(piece, progress)
-        except OSError as error:
-            # A worker whose parent was killed may have ended this piece just before it saw that.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+        """Make the piece's folder. Raises DataError for an input that cannot be read, RecordError under on_bad_record=fail.
 
-    def _make(self, piece: Piece, progress: Any) -> None:
+        Raises OSError for a disk that is full, also when that was found out for the piece before.
+        """
         place = locate(self._plan.inputs[piece.file][0])
-        with whole_folder(self._config.output / "pieces" / piece.name) as folder:
+        with whole_folder(self._config.output / "pieces" / piece.name, self._do_aside) as folder:
             with ExitStack() as stack:
                 at_work = _PieceAtWork(self, folder, stack)
                 reader = PieceReader(
@@ -181,6 +191,19 @@ class PieceWorker:
                 "sizes": LocalLocation(folder).sizes(),
             }
             (folder / "piece.json").write_bytes(orjson.dumps(description))
+
+    def _do_aside(self, give_name: Callable[[], None]) -> None:
+        self._wait()
+        self._syncing = self._syncing_thread.submit(give_name)
+
+    def _wait(self) -> None:
+        try:
+            if self._syncing is not None:
+                self._syncing.result()
+        except OSError as error:
+            # A worker whose parent was killed may have ended this piece just before it saw that.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
     def warn(self, error: RecordError) -> None:
         """Say what was set aside, for the first few."""

@@ -19,9 +19,9 @@ from tpt_megatron.files import is_compressed, read_json
 from tpt_megatron.record_files import open_parquet
 from tpt_megatron.storage import Location
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PIECES_AT_MOST = 4096
-SMALLEST_PIECE, SMALLEST_PIECE_OF_ONE_WORKER, LARGEST_PIECE = 32e6, 256e6, 1e9
+SMALLEST_PIECE, SMALLEST_PIECE_OF_ONE_WORKER, LARGEST_PIECE = 32e6, 512e6, 1e9
 """Bytes. One worker has nobody to share with: larger pieces cost a little less, and no more than half a minute when they are lost."""
 
 

@@ -311,11 +311,13 @@ def _refuse_repeated_keys(line: _Line, document: AugmentedDocument, names: Field
     Looks for the quoted names of the fields that are read: no text can hold them, since quotes in it are escaped. Only where one is
     there more often than once (in another object, mostly) is the line read by a parser that shows all keys.
     """
-    text_key = b'"%b"' % names.text.encode()
-    if line.count(text_key) == 1 + (len(document.thoughts) if names.text == "text" else 0):
-        # Where the text is nothing needs to be looked for: it takes at least a byte a character.
+    text_key, characters = b'"%b"' % names.text.encode(), len(document.document.text)
+    # The text takes at least a byte a character, and comes after all keys of its name: a later one would have given another text.
+    found = line.data.count(text_key, line.begin, line.end if document.thoughts else line.end - characters)
+    if found == 1 + (len(document.thoughts) if names.text == "text" else 0):
+        # Where the text is nothing needs to be looked for.
         begin = line.data.find(text_key, line.begin, line.end)
-        after = begin + len(text_key) + len(document.document.text)
+        after = begin + len(text_key) + characters
         keys = [b'"%b"' % name.encode() for name in (names.id, names.source, "thoughts") if name != names.text]
         if all(line.data.count(key, line.begin, begin) + line.data.count(key, after, line.end) <= 1 for key in keys):
             return

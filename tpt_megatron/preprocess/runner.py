@@ -35,7 +35,7 @@ from tpt_megatron.log import progress_bar, set_up_logging
 from tpt_megatron.preprocess.delimiters import check_delimiters
 from tpt_megatron.preprocess.duplicates import NearKeys
 from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
-from tpt_megatron.preprocess.finish import finish, forget_pieces
+from tpt_megatron.preprocess.finish import Joining, finish, forget_pieces
 from tpt_megatron.preprocess.pieces import FinishedPiece, PieceWorker, splits
 from tpt_megatron.preprocess.plan import Piece, Plan, make_plan, part_of
 from tpt_megatron.processes import WorkerProcesses, end_with_parent
@@ -45,6 +45,7 @@ from tpt_megatron.storage import LocalLocation, Location, explain, remove_unfini
 from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer
 
 logger = logging.getLogger(__name__)
+LOOK_AGAIN_S = 0.1
 SAMPLE_RECORDS, SAMPLE_CHARACTERS, SAMPLE_FILES = 64, 100_000, 8
 
 
@@ -76,14 +77,15 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
         _save_run(config, tokenizer, pending)
         kept = _kept_pieces(config, plan, part, pending)
         todo = [piece for piece in part if piece.number not in kept]
-        if todo:
-            encoder = choose_engine(tokenizer, config.engine, _sample(config, inputs), verify_all=config.verify == "full")
-            _work(config, plan, pending, tokenizer, encoder, todo)
-            _check_unchanged(plan, inputs)
-        if config.shard is not None:
-            logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
-            return {}
-        finished.update(finish(config, plan, pending, tokenizer, [config.output]))
+        with Joining(config, plan, pending, tokenizer) as joining:
+            if todo:
+                encoder = choose_engine(tokenizer, config.engine, _sample(config, inputs), verify_all=config.verify == "full")
+                _work(config, plan, pending, tokenizer, encoder, todo, joining)
+                _check_unchanged(plan, inputs)
+            if config.shard is not None:
+                logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
+                return {}
+            finished.update(finish(config, plan, pending, tokenizer, [config.output], joining))
     return {name: finished[name] for arm in config.arms for name in (f"{arm}/{split}" for split in splits(config))}
 
 
@@ -108,8 +110,8 @@ def merge(output: Path, folders: Sequence[Path]) -> dict[str, Manifest]:
     for place in places:
         if (place / "plan.json").is_file() and Plan.read(LocalLocation(place / "plan.json")).fingerprint() != plan.fingerprint():
             raise DataError(f"{place}: made from other inputs or with other settings than {begun}; shards of one run only can be joined")
-    with _alone(output, None):
-        return finish(config, plan, run["arms"], tokenizer, places)
+    with _alone(output, None), Joining(config, plan, run["arms"], tokenizer) as joining:
+        return finish(config, plan, run["arms"], tokenizer, places, joining)
 
 
 @contextmanager
@@ -271,10 +273,11 @@ def _sample(config: PreprocessConfig, inputs: list[Location]) -> list[str]:
     return texts
 
 
-def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: TokenizerLike, encoder: Encoder, todo: list[Piece]) -> None:
+def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: TokenizerLike, encoder: Encoder, todo: list[Piece], joining: Joining) -> None:
+    """Work the pieces off; with several workers, join those that are finished meanwhile."""
     if config.workers == 1:
-        worker = PieceWorker(config, plan, arms, tokenizer, encoder)
-        with progress_bar("preprocess", sum(_bytes(plan, piece) for piece in todo)) as bar:
+        size = sum(_bytes(plan, piece) for piece in todo)
+        with progress_bar("preprocess", size) as bar, PieceWorker(config, plan, arms, tokenizer, encoder) as worker:
             for piece in todo:
                 worker.run(piece, bar.advance)
         return
@@ -282,7 +285,9 @@ def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: Toke
     work = partial(_be_worker, config, plan, arms, encoder.engine, todo, taken)
     shown = 0
     with WorkerProcesses(work, min(config.workers, len(todo))) as processes, progress_bar("preprocess", len(todo)) as bar:
-        while processes.are_at_work():
+        joined = False
+        while processes.are_at_work(0 if joined else LOOK_AGAIN_S):
+            joined = config.shard is None and joining.add_next_finished()
             finished = sum((config.output / "pieces" / piece.name).is_dir() for piece in todo)
             bar.advance(finished - shown)
             shown = finished
@@ -306,14 +311,15 @@ def _be_worker(config: PreprocessConfig, plan: Plan, arms: list[Arm], engine: En
         signal.signal(signal_number, _stop)
     try:
         tokenizer = load_tokenizer(str(config.output / "pieces" / read_json(config.output / "pieces/run.json")["tokenizer"]), config.end_of_document)
-        worker = PieceWorker(config, plan, arms, tokenizer, Encoder(tokenizer, engine, verify_all=config.verify == "full"))
-        while True:
-            with taken.get_lock():
-                mine = taken.value
-                taken.value += 1
-            if mine >= len(todo):
-                return
-            worker.run(todo[mine])
+        encoder = Encoder(tokenizer, engine, verify_all=config.verify == "full")
+        with PieceWorker(config, plan, arms, tokenizer, encoder) as worker:
+            while True:
+                with taken.get_lock():
+                    mine = taken.value
+                    taken.value += 1
+                if mine >= len(todo):
+                    return
+                worker.run(todo[mine])
     except Exception as error:
         line = explain(error)
         if line is None:

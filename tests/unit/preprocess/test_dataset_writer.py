@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.support.datasets import write_dataset
 from tpt_megatron.datasets import SOURCE_DTYPE, sidecar, token_dtype
 from tpt_megatron.errors import DataError
-from tpt_megatron.preprocess import dataset
+from tpt_megatron.preprocess import dataset, joining
 from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
 from tpt_megatron.preprocess.pieces import SpooledIds
 from tpt_megatron.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ THREE = [
 
 @pytest.mark.parametrize("cuts", [[], [1], [0, 2, 3]])
 def test_sidecars_tell_parts_sources_and_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: list[int]) -> None:
-    monkeypatch.setattr(dataset, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(joining, "ROWS_PER_GROUP", 2)
     prefix = tmp_path / "train"
     made = write_dataset(prefix, SMALL, THREE, cuts)
     assert sorted(entry.name for entry in made.outputs) == sorted(path.name for path in tmp_path.iterdir())
@@ -81,13 +81,22 @@ def test_sidecars_tell_parts_sources_and_documents(tmp_path: Path, monkeypatch: 
 
 
 def test_where_the_parts_were_cut_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(joining, "ROWS_PER_GROUP", 4)
     many = [([(0, [i % 7] * (i % 5)), (1, [1] * (i % 3))], f"d{i}", f"s{i % 4}", None) for i in range(30)]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = write_dataset(tmp_path / "a/train", SMALL, many)
     cut = write_dataset(tmp_path / "b/train", SMALL, many, [1, 9, 9, 22])
     assert whole.outputs == cut.outputs
+
+
+@given(runs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 12)), max_size=30), at_once=st.integers(1, 10))
+def test_runs_become_a_byte_a_token_however_they_are_cut(runs: list[tuple[int, int]], at_once: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joining, "NUMBERS_AT_ONCE", at_once)
+        blocks = list(joining._marks(np.array(runs, dataset.RUN)))
+    assert b"".join(blocks) == b"".join(bytes([part]) * tokens for part, tokens in runs)
+    assert all(len(block) <= at_once for block in blocks)
 
 
 def test_left_out_sequences_leave_no_trace(tmp_path: Path) -> None:
@@ -131,7 +140,7 @@ def test_nothing_remains_after_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset, "_write_index", fail)
+    monkeypatch.setattr(joining, "_write_index", fail)
     with pytest.raises(OSError, match="No space left"):
         write_dataset(tmp_path / "train", SMALL, THREE)
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,9 @@ from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_dataset
 from tpt_megatron.errors import ConfigError, DataError, RecordError
 from tpt_megatron.preprocess import duplicates, finish, long_text, pieces, reading, runner
 from tpt_megatron.preprocess.compose import in_validation, plain_arm
+from tpt_megatron.preprocess.plan import Plan
 from tpt_megatron.preprocess.runner import merge, run_preprocess
+from tpt_megatron.storage import LocalLocation
 from tpt_megatron.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_word_tokenizer
 
 ARMS = ("vanilla", "append", "prepend", "interleave", "mixed")
@@ -285,6 +287,54 @@ def test_finished_pieces_are_kept_and_damaged_or_foreign_ones_made_anew(
     assert made == [[1, 2]]
     assert files_of(tmp_path / "out") == expected
     assert sum("is made anew" in message for message in caplog.messages) == 2
+
+
+def test_pieces_join_as_they_finish_and_an_error_leaves_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, some(200))
+    settings = config(tmp_path, piece_megabytes=0.002, validation_fraction=0.2)
+    run_preprocess(settings)
+    expected = files_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "finish", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            run_preprocess(settings)
+    plan, tokenizer = Plan.read(LocalLocation(tmp_path / "out/plan.json")), load_tokenizer("byte", END_OF_DOCUMENT)
+    last = tmp_path / "out/pieces" / plan.pieces[-1].name
+    last.rename(tmp_path / "last")
+
+    def join_and_fail() -> None:
+        with finish.Joining(settings, plan, ARMS, tokenizer) as joining:
+            while joining.add_next_finished():
+                pass
+            assert len(list((tmp_path / "out").glob("*/.*.tmp"))) == 60  # 5 arms, 2 splits, 6 files
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        join_and_fail()
+    assert not list((tmp_path / "out").glob("*/.*.tmp"))
+    with finish.Joining(settings, plan, ARMS, tokenizer) as joining:
+        joined = 0
+        while joining.add_next_finished():
+            joined += 1
+        assert joined == len(plan.pieces) - 1 > 3
+        (tmp_path / "last").rename(last)
+        finish.finish(settings, plan, ARMS, tokenizer, [tmp_path / "out"], joining)
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_pieces_wait_where_duplicates_are_to_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, some(200))
+    settings = config(tmp_path, piece_megabytes=0.002, deduplicate="exact")
+    joined: list[bool] = []
+
+    def look(config: PreprocessConfig, plan: Plan, arms: Any, tokenizer: Any, folders: Any, joining: finish.Joining) -> Any:
+        joined.append(joining.add_next_finished())
+        return finish.finish(config, plan, arms, tokenizer, folders, joining)
+
+    monkeypatch.setattr(runner, "finish", look)
+    assert run_preprocess(settings)["vanilla/train"].counts["duplicates"] == 0
+    assert joined == [False]
 
 
 def test_an_input_that_changes_in_an_unfinished_run_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

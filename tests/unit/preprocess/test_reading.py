@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tpt_megatron.bad_records import LineCounts
 from tpt_megatron.errors import ConfigError, DataError, RecordError
 from tpt_megatron.preprocess import long_text, reading
-from tpt_megatron.preprocess.plan import Piece, Plan, make_plan, part_of
+from tpt_megatron.preprocess.plan import PLAN_VERSION, Piece, Plan, make_plan, part_of
 from tpt_megatron.preprocess.reading import LineNumbers, LongDocument, PieceReader
 from tpt_megatron.records import FieldNames
 from tpt_megatron.storage import LocalLocation
@@ -140,6 +140,12 @@ def test_a_long_text_is_checked_before_anything_of_it_is_used(tmp_path: Path, mo
         (b'{"id": "a", "text": "a", "meta": {"id": "b"}}', False),
         (b'{"text": "\xc3\xa9\\u00e9 \\"id\\": 1", "id": "b", "meta": {"source": "c"}}', False),
         (b'{"text": "a", "thoughts": [], "thoughts": [{"text": "u", "generator": "g"}]}', True),
+        (b'{"text": "a", "text": "%b"}' % (b"long " * 99), True),
+        (b'{"text": "%b", "text": "a"}' % (b"long " * 99), True),
+        (b'{"meta": {"text": "a"}, "text": "a", "text": "%b"}' % (b"long " * 99), True),
+        (b'{"meta": {"text": "a"}, "text": "%b"}' % (b"long " * 99), False),
+        (b'{"kind": "text", "text": "a", "text": "%b"}' % (b"\\u00e9" * 99), True),
+        (b'{"kind": "text", "text": "%b say \\"text"}' % (b"\\u00e9" * 99), False),
     ],
 )
 def test_a_key_that_stands_twice_is_a_bad_record(tmp_path: Path, line: bytes, repeated: bool) -> None:
@@ -209,6 +215,9 @@ def test_parts_of_the_work_are_all_of_it_in_order(pieces: int, count: int) -> No
 
 def test_a_damaged_plan_and_a_missing_input_are_said(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"plan_version": 1}')
+    with pytest.raises(DataError, match="not a plan of this release"):
+        Plan.read(LocalLocation(tmp_path / "plan.json"))
+    (tmp_path / "plan.json").write_text(f'{{"plan_version": {PLAN_VERSION}}}')
     with pytest.raises(DataError, match="a damaged plan"):
         Plan.read(LocalLocation(tmp_path / "plan.json"))
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
