@@ -102,11 +102,11 @@ def main() -> None:
         "benchmark",
     )
     groups.join(config.parallel)
-    engine = Engine(config)
+    engine = Engine(config, 1)
     plain = PlainGpt(shape, sequence, shape["vocab_size"])
     adam = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     row = np.random.default_rng(0).integers(0, shape["vocab_size"], (batch, sequence + 1))
-    ours = MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), np.ones((batch, sequence), np.float32))
+    ours = MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), np.ones((batch, sequence), np.float32), np.zeros((batch, sequence), np.int32))
     tokens, labels = torch.from_numpy(ours.tokens), torch.from_numpy(ours.labels)
 
     def engine_step() -> None:

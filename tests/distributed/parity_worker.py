@@ -11,11 +11,12 @@ from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.mcore import checkpoint, groups
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 
-VOCABULARY, SEQUENCE, GLOBAL_BATCH = 250, 32, 8
+VOCABULARY, SEQUENCE, GLOBAL_BATCH, KINDS = 250, 32, 8, 4
+WEIGHT_OF_DOCUMENT = 0.3
 
 
 def micro_batches(step: int, rank: int, ranks: int) -> list[MicroBatch]:
-    """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate."""
+    """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate and weigh differently."""
     batches = []
     share = GLOBAL_BATCH // ranks
     for number in range(rank * share, (rank + 1) * share):
@@ -24,7 +25,9 @@ def micro_batches(step: int, rank: int, ranks: int) -> list[MicroBatch]:
         cut = 5 + number
         documents = (np.arange(SEQUENCE) >= cut).astype(np.int32)[None]
         parts = (np.arange(SEQUENCE) % 3 == 0).astype(np.uint8)[None]
-        batches.append(MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), np.ones((1, SEQUENCE), np.float32), documents, parts))
+        kinds = (parts + 2 * (number % 2)).astype(np.int32)  # two parts of two sources
+        weights = np.where(parts == 0, WEIGHT_OF_DOCUMENT, 1.0).astype(np.float32)
+        batches.append(MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), weights, kinds, documents))
     return batches
 
 
@@ -33,7 +36,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     config = check_config(TrainConfig, job["config"], "job")
     layout = groups.join(config.parallel)
-    engine = Engine(config)
+    engine = Engine(config, KINDS)
     if job["load"]:
         checkpoint.load_checkpoint(engine, Path(job["load"]))
     lines = []
@@ -42,7 +45,8 @@ def main() -> None:
             checkpoint.save_checkpoint(engine, Path(job["save"]), step, {}, {})
         batches = micro_batches(step, layout.data_parallel_rank, layout.data_parallel_size)
         result = engine.train_step(batches, learning_rate=3e-3)
-        lines.append({"step": step, **result.losses.means(), "gradient_norm": result.gradient_norm})
+        by_kind = {f"loss_{kind}": result.losses.mean([kind]) for kind in range(KINDS)}
+        lines.append({"step": step, "loss": result.losses.loss, **by_kind, "gradient_norm": result.gradient_norm})
     if layout.rank == 0:
         Path(job["output"]).write_text(json.dumps(lines))
     groups.leave()

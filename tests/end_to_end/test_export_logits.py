@@ -22,20 +22,21 @@ from tpt_megatron.mcore.engine import Engine, MicroBatch
 
 folder, tie = Path(sys.argv[1]), sys.argv[2] == "tied"
 shape = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 112, "num_heads": 6, "num_query_groups": 2, "vocab_size": 201, "vocab_divisor": 67,
-         "tie_embeddings": tie, "rope_theta": 5e5}
+         "tie_embeddings": tie, "rope_theta": 5e5,
+         "rope_scaling": {"factor": 8, "original_max_position_embeddings": 32} if tie else None}
 config = check_config(TrainConfig, {"run_dir": "unused", "model": shape, "data": {"train": "unused", "sequence_length": 64, "attention": "sequence"},
     "optimizer": {"learning_rate": 1e-2}, "steps": 1, "global_batch_sequences": 2, "micro_batch_sequences": 2}, "test")
 groups.join(config.parallel)
-engine = Engine(config)
+engine = Engine(config, 1)
 rows = np.random.default_rng(0).integers(0, 201, (2, 65))
-batch = MicroBatch(rows[:, :-1].copy(), rows[:, 1:].copy(), np.ones((2, 64), np.float32))
+batch = MicroBatch(rows[:, :-1].copy(), rows[:, 1:].copy(), np.ones((2, 64), np.float32), np.zeros((2, 64), np.int32))
 for _ in range(10):  # so that norms are no longer all ones
     engine.train_step([batch], 1e-2)
 losses = engine.evaluate([batch])
 description = {"tokens_seen": 0, "model": config.model.model_dump(mode="json"), "sequence_length": 64,
     "precision": "fp32", "arm": None, "tokenizer": None, "data": None}
 checkpoint.save_checkpoint(engine, folder / "checkpoints", 10, description, {})
-(folder / "theirs.json").write_text(json.dumps({"loss": losses.means()["loss"], "rows": rows.tolist()}))
+(folder / "theirs.json").write_text(json.dumps({"loss": losses.loss, "rows": rows.tolist()}))
 groups.leave()
 """
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from tpt_megatron.config.train import ModelConfig
+from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.errors import CheckpointError
 
 LATEST = "latest_checkpointed_iteration.txt"

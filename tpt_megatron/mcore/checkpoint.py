@@ -105,15 +105,22 @@ def load_checkpoint(engine: Engine, folder: Path) -> None:
         # torch gathers the ranks' failures into one that is no Exception; its first line names the rank, the last the cause.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise CheckpointError(f"{folder}: cannot be loaded ({lines[-1]}): it is damaged; write the step of an earlier iter_ folder into {TRACKER}") from error
-    unwrap_model(engine.model).load_state_dict(loaded["model"])
+    for name, chunk in _chunks(engine).items():
+        chunk.load_state_dict(loaded[name])
     with torch.no_grad():
         engine.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _sharded_state(engine: Engine, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": unwrap_model(engine.model).sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(engine).items()}
     state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _chunks(engine: Engine) -> dict[str, Any]:
+    """Return this rank's parts of the model by the names that the distributed optimizer, too, looks for."""
+    chunks = unwrap_model(engine.model)
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
 def _metadata() -> dict[str, Any]:

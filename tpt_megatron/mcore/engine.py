@@ -5,8 +5,9 @@ The trainer says when (train/loop.py); this says how. Ranks and pipeline stages 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.mcore.attention import document_mask
+from tpt_megatron.mcore.attention import attention_mask, on_this_context_rank
 from tpt_megatron.mcore.model import build_model, seed_everything, transformer_config
 
 
@@ -29,36 +30,43 @@ class MicroBatch:
     """What one forward pass on one rank reads; all of shape [b, s].
 
     tokens, labels  int64 ids; labels are the tokens that follow
-    loss_mask       fp32, 0 where no loss is taken
+    weights         fp32, how much each label counts in the loss; 0: no loss is taken
+    kinds           int32 number of what each label is, from 0: the engine sums losses by it, and its caller knows the names
     documents       int32 numbers of the documents inside each sequence, or None: attention over the whole sequence
-    parts           uint8 part of each label (0 document, 1 thinking), or None where the dataset does not say
     """
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
-    loss_mask: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32]
+    kinds: npt.NDArray[np.int32]
     documents: npt.NDArray[np.int32] | None = None
-    parts: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Sums of token losses and numbers of tokens over every rank and micro-batch of a step, in all and by part."""
+    """Sums over every rank and micro-batch of a step.
 
-    loss: float
-    tokens: float
-    loss_document: float
-    tokens_document: float
-    loss_thinking: float
-    tokens_thinking: float
+    weighted  of token losses by their weights; weights: of the weights. weighted / weights is what is learned from
+    losses    [kinds] of token losses, whatever their weights; tokens: [kinds] how many
+    """
 
-    def means(self) -> dict[str, float]:
-        """Return the mean losses by metric name; a part without tokens has none."""
-        sums = {"loss": (self.loss, self.tokens)}
-        if self.tokens_document or self.tokens_thinking:
-            sums["loss_document"] = (self.loss_document, self.tokens_document)
-            sums["loss_thinking"] = (self.loss_thinking, self.tokens_thinking)
-        return {name: total / tokens for name, (total, tokens) in sums.items() if tokens}
+    weighted: float
+    weights: float
+    losses: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.float64]
+
+    @property
+    def loss(self) -> float:
+        """The mean token loss by weight, in nats."""
+        return self.weighted / self.weights if self.weights else math.nan
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.weighted + other.weighted, self.weights + other.weights, self.losses + other.losses, self.tokens + other.tokens)
+
+    def mean(self, kinds: Sequence[int]) -> float | None:
+        """Return the mean token loss of some kinds, whatever their weights, in nats; None where there is no such token."""
+        tokens = self.tokens[list(kinds)].sum()
+        return float(self.losses[list(kinds)].sum() / tokens) if tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +78,15 @@ class StepResult:
 
 
 class Engine:
-    """This rank's share of model and optimizer. Needs the process groups of `groups.join`."""
+    """This rank's share of model and optimizer. Needs the process groups of `groups.join`. kinds: how many kinds of labels there are."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrainConfig, kinds: int) -> None:
+        self._config, self._kinds = config, kinds
         seed_everything(config.seed)
         core = transformer_config(config)
         self.model = build_model(config, core)
-        chosen = config.optimizer
+        """A chunk for each virtual pipeline stage."""
+        chosen, parallel = config.optimizer, config.parallel
         settings = OptimizerConfig(
             optimizer="adam",
             lr=chosen.learning_rate,
@@ -89,13 +98,17 @@ class Engine:
             clip_grad=chosen.clip_gradient_norm,
             bf16=config.precision == "bf16",
             params_dtype=core.params_dtype,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
-        self.optimizer = get_megatron_optimizer(settings, [self.model], get_standard_config_overrides(settings), use_gloo_process_groups=False)
+        self.optimizer = get_megatron_optimizer(settings, self.model, get_standard_config_overrides(settings), use_gloo_process_groups=False)
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             part.init_state_fn(part.optimizer, part.config)  # else a checkpoint cannot be saved before the first step
         core.finalize_model_grads_func = finalize_model_grads
         core.grad_scale_func = self.optimizer.scale_loss
+        if parallel.overlap_grad_reduce:
+            core.no_sync_func = [chunk.no_sync for chunk in self.model] if len(self.model) > 1 else self.model[0].no_sync
+        self._weight_scale = 1.0
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def train_step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
@@ -103,9 +116,11 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self._config.optimizer.weight_decay * group["wd_mult"]
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._weight_scale = self._tokens_per_weight(batches)
         losses = self._forward_backward(batches, forward_only=False)
         _, gradient_norm, _ = self.optimizer.step()  # fp32 and bf16 never skip an update: there is no loss scaling
         return StepResult(losses, float(gradient_norm))
@@ -113,42 +128,63 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSums:
         """Return the losses of the model as it is, over every rank's micro-batches."""
-        self.model.eval()
+        for chunk in self.model:
+            chunk.eval()
         return self._forward_backward(batches, forward_only=True)
+
+    def _tokens_per_weight(self, batches: Sequence[MicroBatch]) -> float:
+        """Return the number of labels that count, over the sum of their weights, in the whole step: 1 where every weight is 0 or 1.
+
+        megatron-core divides the sum of losses by a whole number of tokens; with losses multiplied by this, that makes their mean by weight.
+        """
+        if not self._config.data.has_uneven_weights:
+            return 1.0
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for batch in batches:
+            sums += torch.tensor([float((batch.weights > 0).sum()), float(batch.weights.sum(dtype=np.float64))], device=self._device)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        counted, weights = sums.tolist()
+        return counted / weights if weights else 1.0
 
     def _forward_backward(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> LossSums:
         reports = get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=[iter(batches) for _ in self.model],
+            model=self.model,
             num_microbatches=len(batches),
             seq_length=self._config.data.sequence_length,
             micro_batch_size=self._config.micro_batch_sequences,
             forward_only=forward_only,
         )
-        total = torch.zeros(len(fields(LossSums)), dtype=torch.float64, device=self._device)
+        total = torch.zeros(2 + 2 * self._kinds, dtype=torch.float64, device=self._device)
         for report in reports:  # on the last pipeline stage only
             total += report["sums"]
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group())
-        return LossSums(*total.tolist())
+        weighted, weights, *by_kind = total.tolist()
+        losses, tokens = np.array(by_kind).reshape(2, self._kinds)
+        return LossSums(weighted, weights, losses, tokens)
 
     def _forward(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        tokens, labels, loss_mask = (torch.from_numpy(array).to(self._device, non_blocking=True) for array in (batch.tokens, batch.labels, batch.loss_mask))
-        mask = None if batch.documents is None else document_mask(torch.from_numpy(batch.documents).to(self._device))
-        positions = torch.arange(tokens.size(1), device=self._device).expand_as(tokens)
-        output = model(tokens, positions, mask, labels=labels)
-        parts = None if batch.parts is None else torch.from_numpy(batch.parts).to(self._device)
-        return output, partial(_sum_losses, loss_mask, parts)
 
+        def mine(array: npt.NDArray[Any]) -> torch.Tensor:
+            return on_this_context_rank(torch.from_numpy(array).to(self._device, non_blocking=True))
 
-def _sum_losses(loss_mask: torch.Tensor, parts: torch.Tensor | None, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return (sum of losses, number of tokens, report), as megatron-core's per-token loss asks. token_losses [b, s]."""
-    losses = token_losses.float() * loss_mask
-    loss, tokens = losses.sum(), loss_mask.sum()
-    sums = [loss.detach(), tokens]
-    for part in (0, 1):
-        here = torch.zeros_like(loss_mask) if parts is None else loss_mask * (parts == part)
-        sums += [(losses.detach() * here).sum(), here.sum()]
-    return loss, tokens.to(torch.int), {"sums": torch.stack(sums).double()}
+        tokens, labels, weights, kinds = (mine(array) for array in (batch.tokens, batch.labels, batch.weights, batch.kinds))
+        length = batch.tokens.shape[1]
+        positions = on_this_context_rank(torch.arange(length, device=self._device)[None]).expand_as(tokens)
+        mask = None
+        if self._device.type == "cpu" or batch.documents is not None:
+            mask = attention_mask(None if batch.documents is None else torch.from_numpy(batch.documents).to(self._device), length)
+        output = model(tokens, positions, mask, labels=labels, loss_mask=weights)
+        return output, partial(self._sum_losses, weights, kinds)
+
+    def _sum_losses(self, weights: torch.Tensor, kinds: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return (sum of losses, number of tokens, report), as megatron-core's per-token loss asks; token_losses [b, s/cp]."""
+        losses = token_losses.float()
+        weighted = (losses * weights).sum()
+        plain, kinds = losses.detach().double().flatten(), kinds.flatten().long()
+        by_kind = [torch.bincount(kinds, weights=of, minlength=self._kinds) for of in (plain, torch.ones_like(plain))]
+        sums = torch.cat((torch.stack((weighted.detach().double(), weights.double().sum())), *by_kind))
+        return weighted * self._weight_scale, (weights > 0).sum().to(torch.int), {"sums": sums}

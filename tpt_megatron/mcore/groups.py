@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tpt_megatron.config.train import ParallelConfig
+from tpt_megatron.config.parallel import ParallelConfig
 from tpt_megatron.errors import ConfigError
 
 
@@ -25,12 +25,22 @@ class Layout:
 
 def check_world(parallel: ParallelConfig, world_size: int) -> None:
     """Refuse a world that the layout does not divide (ConfigError)."""
-    model_ranks = parallel.tensor_parallel * parallel.pipeline_parallel
-    if world_size % model_ranks:
+    axes = [f"parallel.{name}={size}" for name in ("tensor_parallel", "pipeline_parallel", "context_parallel") if (size := getattr(parallel, name)) > 1]
+    unit = parallel.model_ranks
+    if world_size % unit:
+        more = (world_size // unit + 1) * unit
+        fits = f"{world_size // unit * unit} or {more}" if world_size > unit else str(more)
         raise ConfigError(
-            f"parallel.tensor_parallel={parallel.tensor_parallel} x parallel.pipeline_parallel={parallel.pipeline_parallel} = {model_ranks} "
-            f"does not divide the {world_size} rank(s) of this job; start it with a multiple of {model_ranks} "
-            f"(torchrun --nproc-per-node {model_ranks} ...) or change the layout"
+            f"{' x '.join(axes)} = {unit} does not divide the {world_size} rank(s) of this job; start it with {fits} "
+            f"(torchrun --nproc-per-node {more} ...) or change the layout"
+        )
+    # Experts are spread over all ranks of a pipeline stage, tensor-parallel ones apart.
+    places = world_size // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    if places % parallel.expert_parallel:
+        fitting = [size for size in range(1, places + 1) if places % size == 0]
+        raise ConfigError(
+            f"parallel.expert_parallel={parallel.expert_parallel} does not divide the {places} rank(s) that share a pipeline stage's layers "
+            f"(data parallel x context parallel); it could be {', '.join(map(str, fitting))}"
         )
 
 
@@ -55,6 +65,9 @@ def join(parallel: ParallelConfig) -> Layout:
     parallel_state.initialize_model_parallel(
         parallel.tensor_parallel,
         parallel.pipeline_parallel,
+        parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context_parallel,
+        expert_model_parallel_size=parallel.expert_parallel,
         create_gloo_process_groups=False,
     )
     return Layout(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch.nn import functional
 
-from tpt_megatron.config.train import ModelConfig, TrainConfig
+from tpt_megatron.config.model import ModelConfig, RopeScaling
+from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError, MachineError
 from tpt_megatron.mcore.attention import SdpaCoreAttention
 
@@ -29,6 +31,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
     model, parallel = config.model, config.parallel
     on_cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    is_interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -41,6 +44,8 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
@@ -53,10 +58,20 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if is_interleaved else None,
+        context_parallel_size=parallel.context_parallel,
+        expert_model_parallel_size=parallel.expert_parallel,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
+        # The interleaved schedule needs these two, and on gloo the third: else it trains on other gradients, without a word.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
+        deallocate_pipeline_outputs=on_cuda or not is_interleaved,
         batch_p2p_sync=on_cuda,
-        deallocate_pipeline_outputs=True,
+        **_expert_settings(model, on_cuda=on_cuda),
+        **_recompute_settings(config.recompute),
+        mtp_num_layers=model.mtp_layers or None,
+        mtp_loss_scaling_factor=model.mtp_loss_weight,
         # megatron-core's fusions are CUDA kernels, or torch.compile, which costs a laptop minutes of start-up.
         masked_softmax_fusion=on_cuda,
         bias_activation_fusion=on_cuda,
@@ -64,6 +79,29 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _expert_settings(model: ModelConfig, *, on_cuda: bool) -> dict[str, Any]:
+    experts = model.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": experts.aux_loss_coefficient,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": on_cuda,
+    }
+
+
+def _recompute_settings(recompute: str) -> dict[str, Any]:
+    """`selective` computes core attention anew in the backward pass, `full` whole layers, of which only the inputs are kept."""
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {} if recompute == "none" else {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -78,7 +116,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _layer_spec(core: TransformerConfig, attention: str) -> Any:
+def _block_spec(core: TransformerConfig, attention: str, stage: int | None) -> Any:
     if torch.cuda.is_available():
         if attention == "document":
             # Transformer Engine's causal attention would ignore the mask without a word.
@@ -87,12 +125,27 @@ def _layer_spec(core: TransformerConfig, attention: str) -> Any:
             import transformer_engine.pytorch  # noqa: F401
         except ImportError as error:
             raise MachineError(f"training on CUDA needs Transformer Engine, which does not import here: {error}; see docs/architecture.md") from None
-        return get_gpt_decoder_block_spec(core, use_transformer_engine=True, normalization="RMSNorm")
-    spec = get_gpt_decoder_block_spec(core, use_transformer_engine=False, normalization="RMSNorm")
+        return get_gpt_decoder_block_spec(core, use_transformer_engine=True, normalization="RMSNorm", vp_stage=stage)
+    spec = get_gpt_decoder_block_spec(core, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        attention_modules = layer.submodules.self_attention.submodules
+        attention_modules.core_attention = SdpaCoreAttention
+        if core.qk_layernorm:
+            attention_modules.q_layernorm = attention_modules.k_layernorm = RMSNorm
+    return spec
+
+
+def _mtp_spec(core: TransformerConfig, block_spec: Any, stage: int | None) -> Any:
+    """Return the spec of the layers for multi-token prediction, None where this rank's part of the model has none."""
+    if not core.mtp_num_layers:
+        return None
+    on_cuda = torch.cuda.is_available()
+    spec = get_gpt_mtp_block_spec(core, block_spec, use_transformer_engine=on_cuda, vp_stage=stage)
+    if spec is not None and not on_cuda:
+        for layer in spec.layer_specs:
+            layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = RMSNorm
     return spec
 
 
@@ -103,38 +156,66 @@ def seed_everything(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
 
 
-def build_model(config: TrainConfig, core: TransformerConfig) -> DistributedDataParallel:
-    """Build this rank's part of the model and wrap it for data parallelism. `config.model.vocab_size` must be resolved."""
+def build_model(config: TrainConfig, core: TransformerConfig) -> list[DistributedDataParallel]:
+    """Build this rank's part of the model, wrapped for data parallelism: a chunk for each virtual pipeline stage.
+
+    `config.model.vocab_size` must be resolved.
+    """
     assert config.model.vocab_size > 0
+    chunks = config.parallel.virtual_pipeline
+    return [_build_chunk(config, core, number if chunks > 1 else None) for number in range(chunks)]
+
+
+def _build_chunk(config: TrainConfig, core: TransformerConfig, stage: int | None) -> DistributedDataParallel:
+    model, parallel = config.model, config.parallel
+    block_spec = _block_spec(core, config.data.attention, stage)
     gpt: Any = GPTModel(
         config=core,
-        transformer_layer_spec=_layer_spec(core, config.data.attention),
-        vocab_size=padded_vocabulary(config.model, config.parallel.tensor_parallel),
+        transformer_layer_spec=block_spec,
+        vocab_size=padded_vocabulary(model, parallel.tensor_parallel),
         max_sequence_length=config.data.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=config.model.rope_theta,
+        rotary_base=model.rope_theta,
         parallel_output=True,
+        mtp_block_spec=_mtp_spec(core, block_spec, stage),
+        vp_stage=stage,
     )
+    if model.rope_scaling is not None:
+        # megatron-core would take the factor alone, and Llama 3.1's other numbers for granted.
+        gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)
     if torch.cuda.is_available():
         gpt.cuda()
     if config.precision == "bf16":
         gpt = Float16Module(core, gpt)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,  # the trainer looks at loss and gradient norm, and says it in one line
-        bucket_size=None,
+        bucket_size=40_000_000 if parallel.overlap_grad_reduce else None,
     )
-    return DistributedDataParallel(config=core, ddp_config=settings, module=gpt)
+    return DistributedDataParallel(config=core, ddp_config=settings, module=gpt, disable_bucketing=bool(stage))
+
+
+def scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Return RoPE's frequencies, [head_size / 2] in radians a position, stretched as RopeScaling says."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # within the original context
+    kept = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def count_parameters(model: ModelConfig) -> int:
-    """Return the number of parameters of the whole model, vocabulary unpadded."""
-    attention = model.hidden_size * model.head_size * (2 * model.num_heads + 2 * model.num_query_groups)
-    layer = attention + 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
+    """Return the number of parameters of the whole model, vocabulary unpadded; of all experts, and without layers for multi-token prediction."""
+    rows = model.num_heads + 2 * model.num_query_groups
+    attention = model.hidden_size * model.head_size * (rows + model.num_heads)
+    attention += rows * model.head_size if model.qkv_bias else 0
+    attention += 2 * model.head_size if model.qk_norm else 0
+    experts = model.experts
+    one_mlp = 3 * model.hidden_size * (model.ffn_hidden_size if experts is None else experts.ffn_hidden_size)
+    mlp = one_mlp if experts is None else experts.num_experts * (one_mlp + model.hidden_size)
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    return model.num_layers * layer + embeddings + model.hidden_size
+    return model.num_layers * (attention + mlp + 2 * model.hidden_size) + embeddings + model.hidden_size

@@ -22,9 +22,10 @@ class SequenceOrder:
     epoch, fewer than s + 1 tokens, is not seen in that epoch. Raises DataError when the dataset cannot fill one sequence.
     """
 
-    def __init__(self, dataset: TokenDataset, sequence_length: int, seed: int, *, document_attention: bool) -> None:
+    def __init__(self, dataset: TokenDataset, sequence_length: int, seed: int, *, document_attention: bool, weights: tuple[float, float] = (1.0, 1.0)) -> None:
         self._dataset, self._length, self._seed = dataset, sequence_length, seed
         self._document_attention = document_attention
+        self._weights = np.array(weights, np.float32)
         self.sequences_per_epoch = (int(dataset.offsets[-1]) - 1) // sequence_length
         if self.sequences_per_epoch < 1:
             total = int(dataset.offsets[-1])
@@ -39,14 +40,15 @@ class SequenceOrder:
         """Return the sequences of these numbers (counted from the run's start) as one batch."""
         rows = [self._sequence(number) for number in sequences]
         tokens = np.stack([row[0] for row in rows])
-        parts = None if self._dataset.parts is None else np.stack([row[1] for row in rows])[:, 1:]
+        parts = np.ascontiguousarray(np.stack([row[1] for row in rows])[:, 1:])
         documents = np.stack([row[2] for row in rows])
+        kinds = parts.astype(np.int32)
         return MicroBatch(
             tokens=np.ascontiguousarray(tokens[:, :-1]),
             labels=np.ascontiguousarray(tokens[:, 1:]),
-            loss_mask=np.ones((len(rows), self._length), np.float32),  # every token counts, as in the paper
+            weights=self._weights[parts],
+            kinds=kinds,
             documents=np.ascontiguousarray(documents[:, :-1]) if self._document_attention else None,
-            parts=None if parts is None else np.ascontiguousarray(parts),
         )
 
     def _sequence(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int32]]:

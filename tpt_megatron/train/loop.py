@@ -6,20 +6,19 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.datasets import TokenDataset, open_dataset
-from tpt_megatron.errors import CheckpointError, ConfigError, DataError, Stopped
+from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING, TokenDataset, open_dataset
+from tpt_megatron.errors import ConfigError, DataError, Stopped
 from tpt_megatron.files import read_json, write_json
 from tpt_megatron.log import progress_bar
-from tpt_megatron.mcore import checkpoint, groups
+from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.engine import Engine, LossSums
 from tpt_megatron.mcore.model import count_parameters
-from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 from tpt_megatron.train.data import SequenceOrder, step_batches
 from tpt_megatron.train.metrics import MetricsFile, git_revision, versions
+from tpt_megatron.train.saving import Saving, arm_of
 from tpt_megatron.train.schedule import learning_rate
 from tpt_megatron.train.signals import StopRequest
 
@@ -55,14 +54,14 @@ class Run:
         self._config = _resolve_vocabulary(config, data.train)
         _check_batch(self._config, layout)
         self._data = data
-        self._checkpoints = config.run_dir / "checkpoints"
-        self._engine = Engine(self._config)
+        self._engine = Engine(self._config, kinds=2)
         self._tokens_a_step = config.global_batch_sequences * config.data.sequence_length
+        self._saving = Saving(self._config, self._engine, data.train)
 
     def train(self) -> None:
         """Take every step that is left, measuring, validating and saving on the way."""
         config, rank_0 = self._config, self._layout.rank == 0
-        done = self._resume()
+        done = self._saving.resume()
         if done >= config.steps:
             log.info("%s: all %d steps were already done", config.run_dir, config.steps)
             return
@@ -80,7 +79,7 @@ class Run:
                 stopping = groups.any_rank(stop.asked)
                 if stopping or step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
                     metrics.sync()
-                    self._save(step)
+                    self._saving.save(step, step * self._tokens_a_step)
                     log.info("step %d of %d: loss %.4f, saved", step, config.steps, line["loss"])
                 if stopping and step < config.steps:
                     raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
@@ -100,17 +99,18 @@ class Run:
             ranks=layout.data_parallel_size,
         )
         result = self._engine.train_step(batches, rate)
-        means = result.losses.means()
-        if not (math.isfinite(means["loss"]) and math.isfinite(result.gradient_norm)):
+        loss = result.losses.loss
+        if not (math.isfinite(loss) and math.isfinite(result.gradient_norm)):
             raise DataError(
-                f"{config.run_dir}: step {step} has loss {means['loss']} and gradient norm {result.gradient_norm}; "
+                f"{config.run_dir}: step {step} has loss {loss} and gradient norm {result.gradient_norm}; "
                 "lower optimizer.learning_rate, or look at the data; the last checkpoint is untouched"
             )
         seconds = time.perf_counter() - began
         return {
             "step": step,
             "tokens_seen": step * self._tokens_a_step,
-            **means,
+            "loss": loss,
+            **({} if self._data.train.parts is None else loss_by_part(result.losses)),
             "gradient_norm": result.gradient_norm,
             "learning_rate": rate,
             "tokens_per_second": self._tokens_a_step / seconds,
@@ -131,70 +131,7 @@ class Run:
                 ranks=layout.data_parallel_size,
             )
             sums.append(self._engine.evaluate(batches))
-        return sum(s.loss for s in sums) / sum(s.tokens for s in sums)
-
-    def _resume(self) -> int:
-        """Load what there is to continue from and return the number of steps done."""
-        step = checkpoint.latest_step(self._checkpoints)
-        if step is None:
-            if self._config.checkpoint.load_from is not None:
-                self._load(self._config.checkpoint.load_from)
-            return 0
-        folder = checkpoint.iteration_folder(self._checkpoints, step)
-        description = self._load(folder)
-        if description["step"] != step:
-            raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}")
-        log.info("%s: continuing after step %d", self._config.run_dir, step)
-        return step
-
-    def _load(self, folder: Path) -> dict[str, Any]:
-        description = checkpoint.read_description(folder)
-        ours = self._config.model.model_dump(mode="json")
-        for key, value in description["model"].items():
-            if ours.get(key) != value and not key.endswith(("init_std", "vocab_divisor")):
-                raise CheckpointError(
-                    f"{folder}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"
-                )
-        if description["precision"] != self._config.precision:
-            raise CheckpointError(f"{folder}: the checkpoint was trained in {description['precision']}, the config says precision={self._config.precision}")
-        data = description["data"]
-        if folder.parent == self._checkpoints and data != self._data_fingerprint():
-            raise CheckpointError(f"{folder}: the run was trained on other data than data.train={self._config.data.train}; use that data, or another run_dir")
-        checkpoint.load_checkpoint(self._engine, folder)
-        return description
-
-    def _data_fingerprint(self) -> dict[str, Any]:
-        data = self._data.train
-        return {
-            "documents": len(data.lengths),
-            "tokens": int(data.offsets[-1]),
-            "sequence_length": self._config.data.sequence_length,
-            "attention": self._config.data.attention,
-            "seed": self._config.seed,
-            "global_batch_sequences": self._config.global_batch_sequences,
-            "sha256": (data.details or {}).get("sha256"),
-        }
-
-    def _save(self, step: int) -> None:
-        config, details = self._config, self._data.train.details
-        keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
-        tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
-        beside = {name: Path(f"{config.data.train}.{name}") for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
-        checkpoint.save_checkpoint(
-            self._engine,
-            self._checkpoints,
-            step,
-            {
-                "tokens_seen": step * self._tokens_a_step,
-                "model": config.model.model_dump(mode="json"),
-                "sequence_length": config.data.sequence_length,
-                "precision": config.precision,
-                "arm": _arm(self._data.train),
-                "tokenizer": tokenizer,
-                "data": self._data_fingerprint(),
-            },
-            {name: path for name, path in beside.items() if path.is_file()},
-        )
+        return sum(sums[1:], sums[0]).loss
 
     def _describe_run(self) -> None:
         """Write run.json: how this run is made. A later session of the same run is added to the list."""
@@ -212,7 +149,7 @@ class Run:
         write_json(
             path,
             {
-                "arm": _arm(self._data.train),
+                "arm": arm_of(self._data.train),
                 "config": self._config.model_dump(mode="json"),
                 "parameters": count_parameters(self._config.model),
                 "data": self._data.train.details,
@@ -221,13 +158,16 @@ class Run:
         )
 
 
-def _arm(dataset: TokenDataset) -> str | None:
-    return None if dataset.details is None else str(dataset.details["arm"])
+def loss_by_part(losses: LossSums) -> dict[str, float]:
+    """Return the mean loss of each part that has tokens, by metric name."""
+    means = {"loss_document": losses.mean([PART_DOCUMENT]), "loss_thinking": losses.mean([PART_THINKING])}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 def _open_data(config: TrainConfig) -> _Data:
     def order(dataset: TokenDataset) -> SequenceOrder:
-        return SequenceOrder(dataset, config.data.sequence_length, config.seed, document_attention=config.data.attention == "document")
+        weights = (config.data.loss_weights.document, config.data.loss_weights.thinking)
+        return SequenceOrder(dataset, config.data.sequence_length, config.seed, document_attention=config.data.attention == "document", weights=weights)
 
     train = open_dataset(config.data.train)
     validation = None if config.data.validation is None else order(open_dataset(config.data.validation))

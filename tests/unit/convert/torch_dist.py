@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tpt_megatron.config.train import ModelConfig
+from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.tokenizer import train_word_tokenizer
 
 EOD = "<|endoftext|>"

@@ -33,8 +33,7 @@ def test_labels_follow_tokens_and_parts_follow_labels() -> None:
     batch = order().micro_batch(range(8))
     inside = batch.labels[:, :-1]
     np.testing.assert_array_equal(inside, batch.tokens[:, 1:])
-    assert batch.parts is not None
-    np.testing.assert_array_equal(batch.parts, batch.labels % 2)
+    np.testing.assert_array_equal(batch.kinds, batch.labels % 2)
 
 
 def test_documents_are_numbered_by_where_their_tokens_come_from() -> None:

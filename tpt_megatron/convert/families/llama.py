@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpt_megatron.config.train import ModelConfig
+from tpt_megatron.config.model import ModelConfig
 
 Split = Callable[[Tensor, ModelConfig], tuple[Tensor, ...]]
 Shape = tuple[int, ...]
@@ -148,7 +148,7 @@ def hugging_face_config(model: ModelConfig, *, sequence_length: int, dtype: str,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": None if model.rope_scaling is None else {"rope_type": "llama3", **model.rope_scaling.model_dump()},
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
