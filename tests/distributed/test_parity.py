@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,31 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2·CP2+SP": (4, {"tensor_parallel": 2, "context_parallel": 2, "sequence_parallel": True}),
 }
 
+OF_EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "EP2": (2, {"expert_parallel": 2}),
+    "TP2+SP": (2, {"tensor_parallel": 2, "sequence_parallel": True}),
+    "EP2·PP2": (4, {"expert_parallel": 2, "pipeline_parallel": 2}),
+}
+OF_MTP: dict[str, tuple[int, dict[str, Any]]] = {
+    "PP2": (2, {"pipeline_parallel": 2}),
+    "CP2": (2, {"context_parallel": 2}),
+}
+
 Run = Callable[..., list[dict[str, float]]]
 
 
-def job_config(parallel: dict[str, Any]) -> dict[str, Any]:
+SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 176, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": SHAPE | {"qk_norm": True, "qkv_bias": True, "rope_scaling": {"factor": 4, "original_max_position_embeddings": 16}},
+    "experts": SHAPE | {"experts": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "aux_loss_coefficient": 0.1}},
+    "mtp": SHAPE | {"mtp_layers": 1, "tie_embeddings": True},
+}
+
+
+def job_config(model: str, parallel: dict[str, Any]) -> dict[str, Any]:
     return {
         "run_dir": "unused",
-        "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 176, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64},
+        "model": MODELS[model],
         "data": {"train": "unused", "sequence_length": 32, "loss_weights": {"document": 0.3}},
         "optimizer": {"learning_rate": 3e-3},
         "parallel": parallel,
@@ -45,11 +64,19 @@ def job_config(parallel: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def start(
-        ranks: int, parallel: dict[str, Any], *, load: Path | None, first: int = 1, last: int = STEPS, save: Path | None = None, save_before: int = 0
+        model: str,
+        ranks: int,
+        parallel: dict[str, Any],
+        *,
+        load: Path | None,
+        first: int = 1,
+        last: int = STEPS,
+        save: Path | None = None,
+        save_before: int = 0,
     ) -> Any:
         folder = tmp_path_factory.mktemp("job")
         job = {
-            "config": job_config(parallel),
+            "config": job_config(model, parallel),
             "load": str(load) if load else None,
             "save": str(save) if save else None,
             "save_before": save_before,
@@ -66,13 +93,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return start
 
 
+Reference = Callable[[str], tuple[Path, list[dict[str, float]]]]
+
+
 @pytest.fixture(scope="module")
-def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
-    """One process from its first weights, which are saved for every layout to start from."""
-    root = tmp_path_factory.mktemp("initial")
-    losses = run(1, {}, load=None, save=root, save_before=1)
-    assert losses[-1]["loss"] < losses[0]["loss"] - 0.5, "the reference does not learn: parity would say nothing"
-    return root / "iter_0000001", losses
+def reference(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """For a model: one process from its first weights, which are saved for every layout to start from."""
+
+    @cache
+    def made(model: str) -> tuple[Path, list[dict[str, float]]]:
+        root = tmp_path_factory.mktemp("initial")
+        losses = run(model, 1, {}, load=None, save=root, save_before=1)
+        assert losses[-1]["loss"] < losses[0]["loss"] - 0.5, "the reference does not learn: parity would say nothing"
+        return root / "iter_0000001", losses
+
+    return made
 
 
 def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -84,13 +119,27 @@ def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_gives_the_losses_of_one_process(name: str, run: Run, reference: tuple[Path, list[dict[str, float]]]) -> None:
+def test_layout_gives_the_losses_of_one_process(name: str, run: Run, reference: Reference) -> None:
     ranks, parallel = LAYOUTS[name]
-    initial, losses = reference
-    assert_close(run(ranks, parallel, load=initial), losses)
+    initial, losses = reference("dense")
+    assert_close(run("dense", ranks, parallel, load=initial), losses)
 
 
-def test_checkpoint_of_tp2_continues_at_pp2(run: Run, reference: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:
-    initial, losses = reference
-    run(2, {"tensor_parallel": 2}, load=initial, last=10, save=tmp_path, save_before=10)
-    assert_close(run(2, {"pipeline_parallel": 2}, load=tmp_path / "iter_0000010", first=10), losses[9:])
+@pytest.mark.parametrize("name", OF_EXPERTS)
+def test_experts_learn_the_same_wherever_they_are(name: str, run: Run, reference: Reference) -> None:
+    ranks, parallel = OF_EXPERTS[name]
+    initial, losses = reference("experts")
+    assert_close(run("experts", ranks, parallel, load=initial), losses)
+
+
+@pytest.mark.parametrize("name", OF_MTP)
+def test_multi_token_prediction_learns_the_same(name: str, run: Run, reference: Reference) -> None:
+    ranks, parallel = OF_MTP[name]
+    initial, losses = reference("mtp")
+    assert_close(run("mtp", ranks, parallel, load=initial), losses)
+
+
+def test_checkpoint_of_tp2_continues_at_pp2(run: Run, reference: Reference, tmp_path: Path) -> None:
+    initial, losses = reference("dense")
+    run("dense", 2, {"tensor_parallel": 2}, load=initial, last=10, save=tmp_path, save_before=10)
+    assert_close(run("dense", 2, {"pipeline_parallel": 2}, load=tmp_path / "iter_0000010", first=10), losses[9:])

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from tpt_megatron.config.checkpoint import CheckpointConfig
 from tpt_megatron.config.data import DataConfig
 from tpt_megatron.config.load import Config
 from tpt_megatron.config.model import ModelConfig
+from tpt_megatron.config.optimizer import OptimizerConfig
 from tpt_megatron.config.parallel import ParallelConfig
-
-
-class OptimizerConfig(Config):
-    """AdamW and its learning-rate schedule; every length in steps."""
-
-    learning_rate: PositiveFloat
-    min_learning_rate: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: PositiveFloat = 1e-8
-    clip_gradient_norm: float = Field(1.0, ge=0)
+from tpt_megatron.config.progress import BatchRamp, Progress
 
 
 class TrainConfig(Config):
     """One pretraining run.
 
     run_dir                 metrics.jsonl, run.json and checkpoints/ go there; a run that is found there is continued
-    steps                   optimizer steps in all
+    steps, tokens           how long to train, by one of them: optimizer steps in all, or as many as see these tokens
     global_batch_sequences  sequences a step, over all ranks
+    batch_ramp              smaller batches to begin with
     micro_batch_sequences   sequences a forward pass on one rank
     precision               fp32 or bf16 (about 20 times slower than fp32 on a CPU)
+    fp8                     Transformer Engine's recipe for matrix products, over bf16: delayed scaling, tensorwise (current scaling), blockwise, or
+                            mxfp8 where the chip has it; fp8_parameters: parameters, too, are kept in it
     recompute               what is computed anew in the backward pass to save memory: nothing, core attention (selective), or whole layers (full)
     """
 
@@ -46,10 +38,14 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
     global_batch_sequences: PositiveInt
+    batch_ramp: BatchRamp | None = None
     micro_batch_sequences: PositiveInt = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    fp8_parameters: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     seed: int = Field(1234, ge=0)
     validate_every_steps: int = Field(0, ge=0)
@@ -58,11 +54,61 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _layout_fits_model(self) -> Self:
         self._cuts_fit()
+        if self.fp8 != "none" and self.precision != "bf16":
+            raise ValueError(f"fp8={self.fp8} goes over precision=bf16, not precision={self.precision}")
+        if self.fp8_parameters and self.fp8 == "none":
+            raise ValueError("fp8_parameters=true needs a recipe: set fp8")
         if self.validate_every_steps and self.data.validation is None:
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
-        if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be fewer than steps={self.steps}")
+        self._lengths_fit()
         return self
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Steps, sequences and tokens of this run."""
+        return Progress(self.global_batch_sequences, self.data.sequence_length, self.batch_ramp)
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps in all."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return self.progress.steps_for(self.tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the learning rate's warm-up."""
+        tokens = self.optimizer.warmup_tokens
+        return self.optimizer.warmup_steps if tokens is None else self.progress.steps_for(tokens)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps over which the learning rate falls at the end of schedule=wsd."""
+        tokens = self.optimizer.decay_tokens
+        if tokens is None:
+            return self.optimizer.decay_steps or 0
+        # Counted from the end, where batches are full.
+        return -(-tokens // (self.global_batch_sequences * self.data.sequence_length))
+
+    def _lengths_fit(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("steps and tokens state the same; give one of them" if self.steps else "give steps or tokens, how long to train")
+        ramp = self.batch_ramp
+        if ramp is not None and (self.global_batch_sequences - ramp.start_sequences) % ramp.increment_sequences:
+            raise ValueError(
+                f"batch_ramp from {ramp.start_sequences} by {ramp.increment_sequences} does not reach global_batch_sequences={self.global_batch_sequences}"
+            )
+        if ramp is not None and ramp.start_sequences >= self.global_batch_sequences:
+            raise ValueError(f"batch_ramp.start_sequences={ramp.start_sequences} must be fewer than global_batch_sequences={self.global_batch_sequences}")
+        last = f"steps={self.steps}" if self.steps is not None else f"the {self.last_step} steps of tokens={self.tokens}"
+        warmup = f"optimizer.warmup_steps={self.warmup_steps}"
+        if self.optimizer.warmup_tokens is not None:
+            warmup = f"optimizer.warmup_tokens={self.optimizer.warmup_tokens}, {self.warmup_steps} step(s),"
+        if self.warmup_steps >= self.last_step:
+            raise ValueError(f"{warmup} must be fewer than {last}")
+        if self.warmup_steps + self.decay_steps > self.last_step:
+            raise ValueError(f"{warmup} and the decay, {self.decay_steps} step(s), are together more than {last}")
 
     def _cuts_fit(self) -> None:
         """Refuse a layout that cannot cut this model or its sequences, with the nearest sizes that can."""

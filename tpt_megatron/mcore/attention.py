@@ -1,4 +1,4 @@
-"""Attention on CPU: torch's scaled-dot-product attention in place of megatron-core's unfused local path.
+"""Attention within documents, and attention on CPU: torch's scaled-dot-product attention in place of megatron-core's unfused local path.
 
 Equal to the local path within rounding; faster, and without the [b, heads, s, s] scores in memory.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -96,3 +97,15 @@ def attention_mask(document_bs: torch.Tensor | None, sequence_length: int) -> to
     if document_bs is not None:
         allowed = allowed.to(document_bs.device) & (on_this_context_rank(document_bs)[:, :, None] == document_bs[:, None, :])
     return allowed[:, None]
+
+
+def packed_documents(document_bs: torch.Tensor) -> PackedSeqParams:
+    """Return where documents begin in the rows of [b, s] laid end to end, for Transformer Engine's attention over sequences of varying length.
+
+    A document does not reach from one row into the next. Positions begin anew with each.
+    """
+    first = torch.ones_like(document_bs, dtype=torch.bool)
+    first[:, 1:] = document_bs[:, 1:] != document_bs[:, :-1]
+    bounds = torch.cat((first.flatten().nonzero().flatten(), torch.tensor([document_bs.numel()], device=document_bs.device))).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)

@@ -6,7 +6,7 @@ The trainer says when (train/loop.py); this says how. Ranks and pipeline stages 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.mcore.attention import attention_mask, on_this_context_rank
+from tpt_megatron.mcore.attention import attention_mask, on_this_context_rank, packed_documents
+from tpt_megatron.mcore.machine import check_machine
 from tpt_megatron.mcore.model import build_model, seed_everything, transformer_config
 
 
@@ -71,16 +73,22 @@ class LossSums:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One optimizer step: losses, and the gradient's norm before clipping."""
+    """One optimizer step: losses, the gradient's norm before clipping, and whether parameters were updated."""
 
     losses: LossSums
     gradient_norm: float
+    updated: bool
+
+
+def _always(loss: float, gradient_norm: float) -> bool:
+    return True
 
 
 class Engine:
     """This rank's share of model and optimizer. Needs the process groups of `groups.join`. kinds: how many kinds of labels there are."""
 
     def __init__(self, config: TrainConfig, kinds: int) -> None:
+        check_machine(config)
         self._config, self._kinds = config, kinds
         seed_everything(config.seed)
         core = transformer_config(config)
@@ -109,10 +117,14 @@ class Engine:
         if parallel.overlap_grad_reduce:
             core.no_sync_func = [chunk.no_sync for chunk in self.model] if len(self.model) > 1 else self.model[0].no_sync
         self._weight_scale = 1.0
+        self._is_packed = torch.cuda.is_available() and config.data.attention == "document"
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-    def train_step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Run one optimizer step over this rank's micro-batches; every rank gets the same result."""
+    def train_step(self, batches: Sequence[MicroBatch], learning_rate: float, accept: Callable[[float, float], bool] = _always) -> StepResult:
+        """Run one optimizer step over this rank's micro-batches; every rank gets the same result.
+
+        `accept` is asked with (loss, gradient norm) before anything is changed: where it says no, parameters and optimizer stay as they are.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self._config.optimizer.weight_decay * group["wd_mult"]
@@ -122,8 +134,20 @@ class Engine:
         self.optimizer.zero_grad()
         self._weight_scale = self._tokens_per_weight(batches)
         losses = self._forward_backward(batches, forward_only=False)
-        _, gradient_norm, _ = self.optimizer.step()  # fp32 and bf16 never skip an update: there is no loss scaling
-        return StepResult(losses, float(gradient_norm))
+        self.optimizer.prepare_grads()  # fp32 and bf16 have no loss scaling, so that it finds nothing
+        gradient_norm = float(self.optimizer.get_grad_norm())
+        updated = accept(losses.loss, gradient_norm)
+        if updated:
+            self._clip(gradient_norm)
+            self.optimizer.step_with_ready_grads()
+        return StepResult(losses, gradient_norm, updated)
+
+    def _clip(self, gradient_norm: float) -> None:
+        """Bring the gradient of all parameters, whichever optimizer has them, under the config's norm."""
+        most = self._config.optimizer.clip_gradient_norm
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]) if most else []:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, most, gradient_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSums:
@@ -152,8 +176,8 @@ class Engine:
             data_iterator=[iter(batches) for _ in self.model],
             model=self.model,
             num_microbatches=len(batches),
-            seq_length=self._config.data.sequence_length,
-            micro_batch_size=self._config.micro_batch_sequences,
+            seq_length=self._config.data.sequence_length * (self._config.micro_batch_sequences if self._is_packed else 1),
+            micro_batch_size=1 if self._is_packed else self._config.micro_batch_sequences,
             forward_only=forward_only,
         )
         total = torch.zeros(2 + 2 * self._kinds, dtype=torch.float64, device=self._device)
@@ -172,12 +196,17 @@ class Engine:
             return on_this_context_rank(torch.from_numpy(array).to(self._device, non_blocking=True))
 
         tokens, labels, weights, kinds = (mine(array) for array in (batch.tokens, batch.labels, batch.weights, batch.kinds))
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(self._device)
         length = batch.tokens.shape[1]
         positions = on_this_context_rank(torch.arange(length, device=self._device)[None]).expand_as(tokens)
-        mask = None
-        if self._device.type == "cpu" or batch.documents is not None:
-            mask = attention_mask(None if batch.documents is None else torch.from_numpy(batch.documents).to(self._device), length)
-        output = model(tokens, positions, mask, labels=labels, loss_mask=weights)
+        mask = packed = None
+        if self._is_packed:
+            assert documents is not None
+            packed = packed_documents(documents)
+            tokens, labels, weights, kinds, positions = (tensor.reshape(1, -1) for tensor in (tokens, labels, weights, kinds, positions))
+        elif self._device.type == "cpu":  # Transformer Engine's attention is causal by itself
+            mask = attention_mask(documents, length)
+        output = model(tokens, positions, mask, labels=labels, loss_mask=weights, packed_seq_params=packed)
         return output, partial(self._sum_losses, weights, kinds)
 
     def _sum_losses(self, weights: torch.Tensor, kinds: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from tpt_megatron.config.model import ModelConfig, RopeScaling
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.errors import ConfigError, MachineError
 from tpt_megatron.mcore.attention import SdpaCoreAttention
+from tpt_megatron.mcore.machine import FP8_FORMATS
 
 
 def padded_vocabulary(model: ModelConfig, tensor_parallel: int) -> int:
@@ -70,6 +70,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         batch_p2p_sync=on_cuda,
         **_expert_settings(model, on_cuda=on_cuda),
         **_recompute_settings(config.recompute),
+        **_fp8_settings(config),
         mtp_num_layers=model.mtp_layers or None,
         mtp_loss_scaling_factor=model.mtp_loss_weight,
         # megatron-core's fusions are CUDA kernels, or torch.compile, which costs a laptop minutes of start-up.
@@ -97,6 +98,12 @@ def _expert_settings(model: ModelConfig, *, on_cuda: bool) -> dict[str, Any]:
     }
 
 
+def _fp8_settings(config: TrainConfig) -> dict[str, Any]:
+    if config.fp8 == "none":
+        return {}
+    return {"fp8": FP8_FORMATS[config.fp8], "fp8_recipe": config.fp8, "fp8_param": config.fp8_parameters}
+
+
 def _recompute_settings(recompute: str) -> dict[str, Any]:
     """`selective` computes core attention anew in the backward pass, `full` whole layers, of which only the inputs are kept."""
     if recompute == "full":
@@ -116,15 +123,8 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _block_spec(core: TransformerConfig, attention: str, stage: int | None) -> Any:
+def _block_spec(core: TransformerConfig, stage: int | None) -> Any:
     if torch.cuda.is_available():
-        if attention == "document":
-            # Transformer Engine's causal attention would ignore the mask without a word.
-            raise ConfigError("data.attention=document is not supported on CUDA yet; set data.attention=sequence")
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-        except ImportError as error:
-            raise MachineError(f"training on CUDA needs Transformer Engine, which does not import here: {error}; see docs/architecture.md") from None
         return get_gpt_decoder_block_spec(core, use_transformer_engine=True, normalization="RMSNorm", vp_stage=stage)
     spec = get_gpt_decoder_block_spec(core, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage)
     spec.layer_norm = RMSNorm
@@ -168,7 +168,7 @@ def build_model(config: TrainConfig, core: TransformerConfig) -> list[Distribute
 
 def _build_chunk(config: TrainConfig, core: TransformerConfig, stage: int | None) -> DistributedDataParallel:
     model, parallel = config.model, config.parallel
-    block_spec = _block_spec(core, config.data.attention, stage)
+    block_spec = _block_spec(core, stage)
     gpt: Any = GPTModel(
         config=core,
         transformer_layer_spec=block_spec,
@@ -195,6 +195,7 @@ def _build_chunk(config: TrainConfig, core: TransformerConfig, stage: int | None
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_param_gather=config.fp8_parameters,
         check_for_nan_in_grad=False,  # the trainer looks at loss and gradient norm, and says it in one line
         bucket_size=40_000_000 if parallel.overlap_grad_reduce else None,
     )

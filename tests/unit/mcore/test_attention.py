@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tpt_megatron.mcore import attention
-from tpt_megatron.mcore.attention import attention_mask, in_order, on_this_context_rank
+from tpt_megatron.mcore.attention import attention_mask, in_order, on_this_context_rank, packed_documents
 
 
 def test_a_token_sees_itself_and_earlier_tokens_of_its_document() -> None:
@@ -38,3 +38,9 @@ def test_context_ranks_hold_each_token_once_and_see_what_one_rank_sees(monkeypat
         assert mask[0, 0].tolist() == whole[0, 0, part].tolist()
     # The last tokens have the most to look at, so each rank has as many near the end as near the beginning.
     assert len({int(part.sum()) for part in parts}) == 1
+
+
+def test_packed_documents_begin_where_the_number_changes_and_with_each_row() -> None:
+    packed = packed_documents(torch.tensor([[3, 3, 7, 7], [7, 7, 7, 2]]))
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 2, 4, 7, 8]
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 3
