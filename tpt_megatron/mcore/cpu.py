@@ -1,10 +1,11 @@
 """Lets unmodified megatron-core 0.16.1 train on CPU and gloo. Nothing here runs where there is CUDA.
 
-megatron-core assumes CUDA in a few dozen places, of five kinds; each function below answers one of them:
+megatron-core assumes CUDA in a few dozen places, of six kinds; each function below answers one of them:
 
     torch.cuda functions    answer for the CPU; streams and events do nothing
     device="cuda" literals  the modules that write them see a `torch` whose factories put tensors on the CPU
     Tensor.type(), .cuda()  answer megatron-core's comparisons with "torch.cuda.FloatTensor"; other callers see no change
+    experts                 routed without Transformer Engine
     random-number tracker   works on the CPU's generator, so that dropout and recomputation behave
     Adam                    the fused interface that the distributed optimizer needs, on torch's fused CPU kernel
 
@@ -37,6 +38,7 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.dist_checkpointing.mapping",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.transformer.utils",
+    "megatron.core.transformer.moe.moe_utils",
     "megatron.core.utils",
     "megatron.core.distributed.param_and_grad_buffer",
 )
@@ -55,6 +57,7 @@ def adapt() -> None:
     _track_cpu_randomness()
     _provide_fused_adam()
     _translate_device_literals()
+    _route_to_experts()
     _keep_save_results_in_process()
 
 
@@ -213,6 +216,21 @@ def _translate_device_literals() -> None:
         module: Any = importlib.import_module(name)
         assert module.torch is torch, name
         module.torch = torch_on_cpu
+
+
+def _route_to_experts() -> None:
+    """Let the router and the dispatcher of experts do without Transformer Engine, and count tokens in numpy.
+
+    moe_utils asks whether `te_general_gemm` is None, but does not define it where Transformer Engine is missing; and its way of
+    bringing a tensor to the CPU gives torch's split sizes no list when it is there already.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def counts_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.te_general_gemm = None
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = counts_on_cpu
 
 
 def _keep_save_results_in_process() -> None:

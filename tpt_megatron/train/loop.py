@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def run_train(config: TrainConfig) -> None:
-    """Train, from the run folder's latest checkpoint where there is one, to config.steps.
+    """Train, from the run folder's latest checkpoint where there is one, to config.last_step.
 
     Alone or as one rank under torchrun. Raises ConfigError, DataError or CheckpointError before any step is taken when
     something does not fit, and Stopped after saving when a signal came.
@@ -55,21 +55,20 @@ class Run:
         _check_batch(self._config, layout)
         self._data = data
         self._engine = Engine(self._config, kinds=2)
-        self._tokens_a_step = config.global_batch_sequences * config.data.sequence_length
         self._saving = Saving(self._config, self._engine, data.train)
 
     def train(self) -> None:
         """Take every step that is left, measuring, validating and saving on the way."""
         config, rank_0 = self._config, self._layout.rank == 0
         done = self._saving.resume()
-        if done >= config.steps:
-            log.info("%s: all %d steps were already done", config.run_dir, config.steps)
+        if done >= config.last_step:
+            log.info("%s: all %d steps were already done", config.run_dir, config.last_step)
             return
         if rank_0:
             self._describe_run()
         metrics_path = config.run_dir / "metrics.jsonl" if rank_0 else None
-        with MetricsFile(metrics_path, done) as metrics, StopRequest() as stop, progress_bar("train", config.steps, completed=done) as bar:
-            for step in range(done + 1, config.steps + 1):
+        with MetricsFile(metrics_path, done) as metrics, StopRequest() as stop, progress_bar("train", config.last_step, completed=done) as bar:
+            for step in range(done + 1, config.last_step + 1):
                 line = self._step(step)
                 if config.validate_every_steps and step % config.validate_every_steps == 0:
                     line["validation_loss"] = self._validate()
@@ -77,23 +76,23 @@ class Run:
                 bar.say(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
                 bar.advance()
                 stopping = groups.any_rank(stop.asked)
-                if stopping or step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+                if stopping or step == config.last_step or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
                     metrics.sync()
-                    self._saving.save(step, step * self._tokens_a_step)
-                    log.info("step %d of %d: loss %.4f, saved", step, config.steps, line["loss"])
-                if stopping and step < config.steps:
+                    self._saving.save(step, config.progress.tokens_after(step))
+                    log.info("step %d of %d: loss %.4f, saved", step, config.last_step, line["loss"])
+                if stopping and step < config.last_step:
                     raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
 
     def _step(self, step: int) -> dict[str, Any]:
         """Take step number `step` (from 1) and return its metrics."""
         config, layout = self._config, self._layout
         began = time.perf_counter()
-        rate = learning_rate(config.optimizer, step - 1, config.steps)
-        first_sequence = (step - 1) * config.global_batch_sequences
+        rate = learning_rate(config, step)
+        batch = config.progress.batch(step)
         batches = step_batches(
             self._data.order,
-            first_sequence,
-            global_batch=config.global_batch_sequences,
+            config.progress.sequences_before(step),
+            global_batch=batch,
             micro_batch=config.micro_batch_sequences,
             rank=layout.data_parallel_rank,
             ranks=layout.data_parallel_size,
@@ -108,12 +107,12 @@ class Run:
         seconds = time.perf_counter() - began
         return {
             "step": step,
-            "tokens_seen": step * self._tokens_a_step,
+            "tokens_seen": config.progress.tokens_after(step),
             "loss": loss,
             **({} if self._data.train.parts is None else loss_by_part(result.losses)),
             "gradient_norm": result.gradient_norm,
             "learning_rate": rate,
-            "tokens_per_second": self._tokens_a_step / seconds,
+            "tokens_per_second": batch * config.data.sequence_length / seconds,
             "step_time_s": seconds,
         }
 
@@ -195,9 +194,11 @@ def _resolve_vocabulary(config: TrainConfig, dataset: TokenDataset) -> TrainConf
 
 def _check_batch(config: TrainConfig, layout: groups.Layout) -> None:
     unit = config.micro_batch_sequences * layout.data_parallel_size
-    if config.global_batch_sequences % unit:
-        raise ConfigError(
-            f"global_batch_sequences={config.global_batch_sequences} is not a multiple of micro_batch_sequences={config.micro_batch_sequences} "
-            f"x {layout.data_parallel_size} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, config.global_batch_sequences // unit * unit)}"
-            f" and {(config.global_batch_sequences // unit + 1) * unit}"
-        )
+    for batch in reversed(config.progress.batches):
+        if batch % unit:
+            which = "global_batch_sequences" if batch == config.global_batch_sequences else "batch_ramp: a batch of"
+            raise ConfigError(
+                f"{which}{'=' if which.startswith('global') else ' '}{batch} is not a multiple of micro_batch_sequences={config.micro_batch_sequences} "
+                f"x {layout.data_parallel_size} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, batch // unit * unit)}"
+                f" and {(batch // unit + 1) * unit}"
+            )
