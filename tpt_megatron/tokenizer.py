@@ -128,6 +128,10 @@ class Tokenizer:
 
     def to_bytes(self) -> bytes:
         """Return tokenizer.json."""
+        return self._file
+
+    @cached_property
+    def _file(self) -> bytes:
         return str(self.backend.to_str(pretty=True)).encode()
 
     def save(self, path: Path) -> None:

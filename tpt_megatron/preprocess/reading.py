@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ from tpt_megatron.record_files import read_rows, too_long
 from tpt_megatron.records import AugmentedDocument, FieldNames, read_augmented, text_id
 from tpt_megatron.storage import Location
 
-BLOCK = 4_000_000  # bytes
+BLOCK = 1_000_000  # bytes; small enough for what is read to be in the cache still when it is parsed
 DOCUMENTS_PER_BATCH = 2000
 CHARACTERS_PER_BATCH = 1_000_000
 _CARRIAGE_RETURN, _WHITE_SPACE = 0x0D, b" \t\r\v\f"
@@ -305,21 +306,31 @@ def _spells(refused: str) -> str:
     return f"the text spells {refused!r}, which this tokenizer reads as the end of the document"
 
 
+@cache
+def _quoted(names: FieldNames) -> tuple[bytes, list[bytes]]:
+    """Return the text's key as it stands in a line, and those of the other fields that are read."""
+    text, *others = (b'"%b"' % name.encode() for name in dict.fromkeys((names.text, names.id, names.source, "thoughts")))
+    return text, others
+
+
 def _refuse_repeated_keys(line: _Line, document: AugmentedDocument, names: FieldNames) -> None:
     """Raise RecordError where a key of the record stands twice: JSON parsers keep one value and drop the other without a word.
 
     Looks for the quoted names of the fields that are read: no text can hold them, since quotes in it are escaped. Only where one is
     there more often than once (in another object, mostly) is the line read by a parser that shows all keys.
     """
-    text_key, characters = b'"%b"' % names.text.encode(), len(document.document.text)
+    text_key, other_keys = _quoted(names)
+    characters = len(document.document.text)
     # The text takes at least a byte a character, and comes after all keys of its name: a later one would have given another text.
     found = line.data.count(text_key, line.begin, line.end if document.thoughts else line.end - characters)
     if found == 1 + (len(document.thoughts) if names.text == "text" else 0):
         # Where the text is nothing needs to be looked for.
         begin = line.data.find(text_key, line.begin, line.end)
         after = begin + len(text_key) + characters
-        keys = [b'"%b"' % name.encode() for name in (names.id, names.source, "thoughts") if name != names.text]
-        if all(line.data.count(key, line.begin, begin) + line.data.count(key, after, line.end) <= 1 for key in keys):
+        for key in other_keys:
+            if line.data.count(key, line.begin, begin) + line.data.count(key, after, line.end) > 1:
+                break
+        else:
             return
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
