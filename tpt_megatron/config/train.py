@@ -120,13 +120,13 @@ class TrainConfig(Config):
         for name, size in (*heads.items(), ffn):
             if size % tp:
                 common = math.gcd(*heads.values(), ffn[1])
-                raise ValueError(f"parallel.tensor_parallel={tp} does not divide {name}={size}; {_could_be(common, tp)}")
+                raise ValueError(f"parallel.tensor_parallel={tp} does not divide {name}={size}; it {_could_be(common, tp)}")
         chunks = pp * parallel.virtual_pipeline
         if model.num_layers % chunks:
             if parallel.virtual_pipeline > 1:
                 product = f"parallel.pipeline_parallel={pp} x parallel.virtual_pipeline={parallel.virtual_pipeline} = {chunks}"
                 raise ValueError(f"{product} does not divide model.num_layers={model.num_layers}; their product {_could_be(model.num_layers, chunks)}")
-            raise ValueError(f"parallel.pipeline_parallel={pp} does not divide model.num_layers={model.num_layers}; {_could_be(model.num_layers, pp)}")
+            raise ValueError(f"parallel.pipeline_parallel={pp} does not divide model.num_layers={model.num_layers}; it {_could_be(model.num_layers, pp)}")
         length = self.data.sequence_length
         pieces = (2 * cp if cp > 1 else 1) * (tp if parallel.sequence_parallel else 1)
         if length % pieces:
@@ -137,8 +137,11 @@ class TrainConfig(Config):
             raise ValueError(f"parallel.expert_parallel={ep}, but the model has no experts; set model.experts, or expert_parallel=1")
         if experts is not None and experts.num_experts % ep:
             raise ValueError(
-                f"parallel.expert_parallel={ep} does not divide model.experts.num_experts={experts.num_experts}; {_could_be(experts.num_experts, ep)}"
+                f"parallel.expert_parallel={ep} does not divide model.experts.num_experts={experts.num_experts}; it {_could_be(experts.num_experts, ep)}"
             )
+        if model.mtp_layers and model.tie_embeddings and pp > 1:
+            # Its last stage has the embedding twice then, and cannot say so in a checkpoint.
+            raise ValueError("model.mtp_layers with model.tie_embeddings=true needs parallel.pipeline_parallel=1: megatron-core 0.16 cannot save it otherwise")
         if experts is not None and tp > 1 and not parallel.sequence_parallel:
             # megatron-core refuses it after all weights were made: the ranks would each route the same tokens.
             raise ValueError(f"parallel.tensor_parallel={tp} with model.experts needs parallel.sequence_parallel=true")
@@ -148,4 +151,4 @@ def _could_be(whole: int, wanted: int) -> str:
     """Say which sizes divide `whole`: the nearest ones to `wanted`."""
     fitting = [size for size in range(1, whole + 1) if whole % size == 0]
     below, above = [size for size in fitting if size < wanted][-2:], [size for size in fitting if size > wanted][:1]
-    return f"it could be {', '.join(map(str, below + above))}"
+    return f"could be {', '.join(map(str, below + above))}"

@@ -71,6 +71,9 @@ class _Nothing:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def record_event(self, *_: Any) -> _Nothing:
+        return _Nothing()
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
             raise AttributeError(name)

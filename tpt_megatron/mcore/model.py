@@ -68,7 +68,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         batch_p2p_comm=not is_interleaved,
         deallocate_pipeline_outputs=on_cuda or not is_interleaved,
         batch_p2p_sync=on_cuda,
-        **_expert_settings(model, on_cuda=on_cuda),
+        **_expert_settings(config, on_cuda=on_cuda),
         **_recompute_settings(config.recompute),
         **_fp8_settings(config),
         mtp_num_layers=model.mtp_layers or None,
@@ -82,16 +82,18 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
     )
 
 
-def _expert_settings(model: ModelConfig, *, on_cuda: bool) -> dict[str, Any]:
-    experts = model.experts
+def _expert_settings(config: TrainConfig, *, on_cuda: bool) -> dict[str, Any]:
+    experts, parallel = config.model.experts, config.parallel
     if experts is None:
         return {}
+    # megatron-core 0.16.1 weighs this loss by the tokens of one rank, where it should by those of all that share a sequence.
+    sharing = parallel.context_parallel * (parallel.tensor_parallel if parallel.sequence_parallel else 1)
     return {
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.top_k,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": experts.aux_loss_coefficient,
+        "moe_aux_loss_coeff": experts.aux_loss_coefficient * sharing,
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": on_cuda,
