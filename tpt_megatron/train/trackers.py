@@ -41,6 +41,7 @@ class Trackers:
                 resume="allow",
                 dir=str(run_dir),
                 config=dict(description),
+                settings=wandb.Settings(silent=True),
             )
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -59,7 +60,7 @@ class Trackers:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if error is None else 1)
 
 
 def _run_id(path: Path) -> str:

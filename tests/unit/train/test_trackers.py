@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+
+from tpt_megatron.config.watching import WandbConfig, WatchConfig
+from tpt_megatron.train.trackers import Trackers
+
+pytestmark = pytest.mark.filterwarnings("default")  # of protobuf, and of what writes in the background
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_number_and_forgets_what_a_resumed_run_takes_back(tmp_path: Path) -> None:
+    config = WatchConfig(tensorboard=True)
+    with Trackers(config, tmp_path, 0, {}) as trackers:
+        for step in (1, 2, 3):
+            trackers.write({"step": step, "loss": step / 2, "loss_by_source": {"web": 1.5}, "note": "text"})
+    with Trackers(config, tmp_path, 2, {}) as trackers:
+        trackers.write({"step": 3, "loss": 9.0, "loss_by_source": {"web": 1.5}})
+    found = scalars(tmp_path / "tensorboard")
+    assert found == {"loss": [(1, 0.5), (2, 1.0), (3, 9.0)], "loss_by_source/web": [(1, 1.5), (2, 1.5), (3, 1.5)]}
+
+
+def test_wandb_works_offline_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    config = WatchConfig(wandb=WandbConfig(project="p", mode="offline"))
+    for _ in range(2):
+        with Trackers(config, tmp_path, 0, {"seed": 1}) as trackers:
+            trackers.write({"step": 1, "loss": 0.5})
+    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    identity = (tmp_path / "wandb-id.txt").read_text()
+    assert len(folders) == 2
+    assert all(folder.endswith(identity) for folder in folders)
