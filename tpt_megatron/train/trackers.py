@@ -25,7 +25,7 @@ class Trackers:
             except ImportError:
                 raise MachineError("watch.tensorboard=true: TensorBoard is not installed; run: pip install 'tpt-megatron[tensorboard]'") from None
             # What was logged after the checkpoint that is continued from is hidden.
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         if config.wandb is not None:
             try:
                 import wandb
