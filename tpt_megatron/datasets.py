@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ DOCUMENT_COLUMNS = ("id", "sample", "source", "generator", "tokens_document", "t
 """id; which of the document's samples (0 but where thoughts are samples); source and generator (null where none); tokens by part,
 the end-of-document token among the document's; offset: the token of the whole dataset at which the sequence begins."""
 SOURCE_DTYPE = np.dtype(np.uint16)
+_BLOCK = 1 << 20
+"""Entries of a file that are looked at together."""
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -60,28 +63,36 @@ def sidecar(prefix: Path, ending: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{ending}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenDataset:
     """A dataset, mapped and not loaded. Megatron's sequences are called documents here, since ours are one a document.
 
-    tokens   [tokens] in the file's dtype, all documents end to end
-    parts    [tokens] uint8, PART_DOCUMENT or PART_THINKING; None where there is no sidecar
-    lengths  [documents] int32, tokens of each document
-    offsets  [documents + 1] int64, the token at which each document begins, and the number of tokens at the end
-    details  of the manifest that `tpt preprocess` wrote; None where there is no manifest
+    tokens    [tokens] in the file's dtype, all documents end to end
+    parts     [tokens] uint8, PART_DOCUMENT or PART_THINKING; None where there is no sidecar
+    lengths   [documents] int32, tokens of each document
+    pointers  [documents] int64, the byte of .bin at which each document begins
+    details   of the manifest that `tpt preprocess` wrote; None where there is no manifest
     """
 
     prefix: Path
     tokens: npt.NDArray[Any]
     parts: npt.NDArray[np.uint8] | None
     lengths: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
+    pointers: npt.NDArray[np.int64]
     details: dict[str, Any] | None
+
+    @cached_property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """[documents + 1], the token at which each document begins, and the number of tokens at the end: in memory, 8 bytes a document."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    def begin(self, document: int) -> int:
+        """Return the token at which a document begins."""
+        return int(self.pointers[document]) // self.tokens.dtype.itemsize
 
     def largest_token(self) -> int:
         """Return the largest id in the dataset; reads all of it, a block at a time."""
-        block = 1 << 24
-        return max(int(self.tokens[start : start + block].max()) for start in range(0, len(self.tokens), block))
+        return max(int(self.tokens[start : start + _BLOCK].max()) for start in range(0, len(self.tokens), _BLOCK))
 
 
 def open_dataset(prefix: str | Path) -> TokenDataset:
@@ -103,17 +114,30 @@ def open_dataset(prefix: str | Path) -> TokenDataset:
         manifest = read_manifest(manifest_path, MANIFEST_KIND)
         check_outputs(manifest, prefix.parent, checksums=False)
         details = dict(manifest.details)
-    dtype, lengths, pointers = _read_index(index)
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
-    total = int(offsets[-1])
+    dtype, lengths, pointers = _map_index(index)
+    total = _check_pointers(index, dtype, lengths, pointers)
     if total == 0:
         raise DataError(f"{prefix}: the dataset holds no token")
-    if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
-        raise DataError(f"{index}: its pointers do not follow from its lengths; the index is damaged, make the dataset again")
     if data.stat().st_size != total * dtype.itemsize:
         raise DataError(f"{data}: {data.stat().st_size} bytes, the index says {total * dtype.itemsize}; the files do not belong together or were cut off")
-    return TokenDataset(prefix, np.memmap(data, dtype, mode="r"), _map_parts(prefix, total), lengths, offsets, details)
+    return TokenDataset(prefix, np.memmap(data, dtype, mode="r"), _map_parts(prefix, total), lengths, pointers, details)
+
+
+def open_sources(dataset: TokenDataset) -> tuple[list[str | None], npt.NDArray[np.uint16] | None]:
+    """Return the names of a dataset's sources and [documents] the number of each document's; without that sidecar, one source, None, and None.
+
+    Raises DataError when the numbers do not belong to the dataset.
+    """
+    path, names = sidecar(dataset.prefix, "sources.bin"), (dataset.details or {}).get("sources")
+    if not path.is_file() or names is None:
+        return [None], None
+    count = len(dataset.lengths)
+    if path.stat().st_size != count * SOURCE_DTYPE.itemsize:
+        raise DataError(f"{path}: {path.stat().st_size} bytes, not one number of a source for each of {count} sequences; the files do not belong together")
+    numbers = np.memmap(path, SOURCE_DTYPE, mode="r")
+    if max(int(numbers[begin : begin + _BLOCK].max()) for begin in range(0, count, _BLOCK)) >= len(names):
+        raise DataError(f"{path}: numbers of sources beyond the {len(names)} that the manifest names; the file is damaged, make the dataset again")
+    return list(names), numbers
 
 
 def _map_parts(prefix: Path, total: int) -> npt.NDArray[np.uint8] | None:
@@ -125,8 +149,8 @@ def _map_parts(prefix: Path, total: int) -> npt.NDArray[np.uint8] | None:
     return np.memmap(path, np.uint8, mode="r")
 
 
-def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Return the tokens' dtype, and length and byte offset of each sequence."""
+def _map_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Return the tokens' dtype, and length and byte offset of each sequence, mapped."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(INDEX_HEADER.size)
@@ -140,11 +164,25 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.N
     expected = INDEX_HEADER.size + 12 * sequences + 8 * boundaries
     if size not in (expected, expected + sequences):  # one more byte a sequence where a multimodal index keeps modes
         raise DataError(f"{path}: {size} bytes, its header says {expected}; the file is cut off or damaged")
-    lengths = np.fromfile(path, "<i4", sequences, offset=INDEX_HEADER.size)
-    pointers = np.fromfile(path, "<i8", sequences, offset=INDEX_HEADER.size + 4 * sequences)
-    documents = np.fromfile(path, "<i8", boundaries, offset=INDEX_HEADER.size + 12 * sequences)
-    if (lengths < 0).any():
-        raise DataError(f"{path}: a sequence has a negative length; the index is damaged")
-    if boundaries < 1 or documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
+    content: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
+    lengths_end = INDEX_HEADER.size + 4 * sequences
+    pointers_end = lengths_end + 8 * sequences
+    documents = content[pointers_end : pointers_end + 8 * boundaries].view("<i8")
+    falls = any((np.diff(documents[begin : begin + _BLOCK + 1]) < 0).any() for begin in range(0, boundaries, _BLOCK))
+    if boundaries < 1 or documents[0] != 0 or documents[-1] != sequences or falls:
         raise DataError(f"{path}: its document boundaries do not run from 0 to {sequences}; the index is damaged")
-    return np.dtype(DTYPE_CODES[code]), lengths, pointers
+    return np.dtype(DTYPE_CODES[code]), content[INDEX_HEADER.size : lengths_end].view("<i4"), content[lengths_end:pointers_end].view("<i8")
+
+
+def _check_pointers(path: Path, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32], pointers: npt.NDArray[np.int64]) -> int:
+    """Return the number of tokens of all documents; DataError when a length is negative, or documents do not lie end to end."""
+    total = 0
+    for begin in range(0, len(lengths), _BLOCK):
+        of = lengths[begin : begin + _BLOCK]
+        if (of < 0).any():
+            raise DataError(f"{path}: a sequence has a negative length; the index is damaged")
+        ends = total + np.cumsum(of, dtype=np.int64)
+        if not np.array_equal(pointers[begin : begin + _BLOCK], (ends - of) * dtype.itemsize):
+            raise DataError(f"{path}: its pointers do not follow from its lengths; the index is damaged, make the dataset again")
+        total = int(ends[-1])
+    return total

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from token_files import Sequence, write_token_files
 
+from tests.support.token_files import Sequence, write_token_files
 from tpt_megatron.datasets import open_dataset
 from tpt_megatron.errors import DataError, MachineError, UsageError
 from tpt_megatron.files import FileEntry, Manifest

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from token_files import Sequence, edit_manifest, seal, write_token_files
 
+from tests.support.token_files import Sequence, edit_manifest, seal, write_token_files
 from tpt_megatron.inspection import summary as summaries
 from tpt_megatron.inspection import verify as verifying
 from tpt_megatron.inspection.verify import verify
