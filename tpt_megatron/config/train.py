@@ -61,6 +61,7 @@ class TrainConfig(Config):
         if self.validate_every_steps and self.data.validation is None:
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()
+        self.data.check_budgets(self.progress.sequences_before(self.last_step + 1))
         return self
 
     @cached_property

@@ -1,88 +1,155 @@
-"""Which tokens every step sees: documents shuffled anew each epoch, concatenated, cut into sequences.
-
-A sequence is a function of its number and the seed alone: nothing is cached, so no cache can be stale or torn, and a run
-that resumes or changes its data-parallel size continues with the very next sequence.
-"""
+"""What every step reads: a run's sequences, with what each token is, as arrays for the engine."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from tpt_megatron.datasets import TokenDataset
-from tpt_megatron.errors import DataError
-from tpt_megatron.mcore.engine import MicroBatch
+from tpt_megatron.config.data import DataConfig, Share, Stage
+from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING, TokenDataset, open_dataset, open_sources
+from tpt_megatron.errors import ConfigError, DataError
+from tpt_megatron.mcore.engine import LossSums, MicroBatch
+from tpt_megatron.sequences.stream import Stream
+
+DOCUMENT, THINKING, PADDING = "document", "thinking", "padding"
+_PARTS = {PART_DOCUMENT: DOCUMENT, PART_THINKING: THINKING}
 
 
-class SequenceOrder:
-    """The endless stream of sequences drawn from one dataset.
+class Kinds:
+    """What labels can be: a source and a part each. Sources of one name are one, whatever dataset they are in; padding is the last kind."""
 
-    In epoch e the documents are permuted by a generator seeded with (seed, e) and laid end to end; sequence k of the
-    epoch is the tokens [k s, k s + s] of that line: s inputs and the s labels one further on. What is left at the end of an
-    epoch, fewer than s + 1 tokens, is not seen in that epoch. Raises DataError when the dataset cannot fill one sequence.
-    """
+    def __init__(self, datasets: Mapping[str, TokenDataset]) -> None:
+        self._of_documents: dict[str, npt.NDArray[np.uint16] | None] = {}
+        self._numbers: dict[str, npt.NDArray[np.int32]] = {}
+        self.sources: list[str | None] = []
+        for path, dataset in datasets.items():
+            names, self._of_documents[path] = open_sources(dataset)
+            self.sources += [name for name in names if name not in self.sources]
+            self._numbers[path] = np.array([self.sources.index(name) for name in names], np.int32)
+        self.table: list[tuple[str | None, str]] = [(source, part) for source in self.sources for part in _PARTS.values()] + [(None, PADDING)]
+        self.padding = len(self.table) - 1
 
-    def __init__(self, dataset: TokenDataset, sequence_length: int, seed: int, *, document_attention: bool, weights: tuple[float, float] = (1.0, 1.0)) -> None:
-        self._dataset, self._length, self._seed = dataset, sequence_length, seed
-        self._document_attention = document_attention
-        self._weights = np.array(weights, np.float32)
-        self.sequences_per_epoch = (int(dataset.offsets[-1]) - 1) // sequence_length
-        if self.sequences_per_epoch < 1:
-            total = int(dataset.offsets[-1])
-            raise DataError(
-                f"{dataset.prefix}: {total} tokens do not fill one sequence of {sequence_length} + 1; give more data or shorten data.sequence_length"
-            )
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self._ends: npt.NDArray[np.int64] = np.empty(0, np.int64)
+    def first_of(self, path: str, document: int) -> int:
+        """Return the kind of a document's document tokens; its thinking tokens have the next."""
+        numbers = self._of_documents[path]
+        return len(_PARTS) * int(self._numbers[path][0 if numbers is None else numbers[document]])
+
+    def tokens(self, losses: LossSums) -> int:
+        """Return how many labels there were, padding apart."""
+        return int(losses.tokens[: self.padding].sum())
+
+    def by_part(self, losses: LossSums, name: str = "loss") -> dict[str, float]:
+        """Return the mean loss of each part that has tokens, by metric name."""
+        means = {part: losses.mean([kind for kind, (_, other) in enumerate(self.table) if other == part]) for part in _PARTS.values()}
+        return {f"{name}_{part}": mean for part, mean in means.items() if mean is not None}
+
+    def by_source(self, losses: LossSums) -> dict[str, float]:
+        """Return the mean loss of each source that has tokens; what has no source is `(none)`."""
+        width = len(_PARTS)
+        means = {source: losses.mean(range(width * number, width * (number + 1))) for number, source in enumerate(self.sources)}
+        return {"(none)" if source is None else source: mean for source, mean in means.items() if mean is not None}
+
+
+class Batches:
+    """A stream's sequences as micro-batches."""
+
+    def __init__(self, config: DataConfig, stream: Stream, datasets: Mapping[str, TokenDataset], kinds: Kinds) -> None:
+        self._config, self.stream, self._datasets, self._kinds = config, stream, datasets, kinds
+        weights = [getattr(config.loss_weights, part) for part in _PARTS.values()]
+        self._weights = np.array(weights * len(kinds.sources) + [0.0], np.float32)  # [kinds]
 
     def micro_batch(self, sequences: range) -> MicroBatch:
         """Return the sequences of these numbers (counted from the run's start) as one batch."""
-        rows = [self._sequence(number) for number in sequences]
-        tokens = np.stack([row[0] for row in rows])
-        parts = np.ascontiguousarray(np.stack([row[1] for row in rows])[:, 1:])
-        documents = np.stack([row[2] for row in rows])
-        kinds = parts.astype(np.int32)
+        shape = (len(sequences), self._config.sequence_length + 1)
+        tokens, kinds, documents = np.zeros(shape, np.int64), np.full(shape, self._kinds.padding, np.int32), np.zeros(shape, np.int32)
+        for row, number in enumerate(sequences):
+            self._fill(number, tokens[row], kinds[row], documents[row])
+        labels = np.ascontiguousarray(kinds[:, 1:])
         return MicroBatch(
             tokens=np.ascontiguousarray(tokens[:, :-1]),
             labels=np.ascontiguousarray(tokens[:, 1:]),
-            weights=self._weights[parts],
-            kinds=kinds,
-            documents=np.ascontiguousarray(documents[:, :-1]) if self._document_attention else None,
+            weights=self._weights[labels],
+            kinds=labels,
+            documents=np.ascontiguousarray(documents[:, :-1]) if self._config.attention == "document" else None,
         )
 
-    def _sequence(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-        """Return tokens, parts and document numbers of one sequence, each of sequence_length + 1."""
-        epoch, within = divmod(number, self.sequences_per_epoch)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._dataset.lengths))
-            self._ends = np.cumsum(self._dataset.lengths[self._order], dtype=np.int64)
-            self._epoch = epoch
-        start = within * self._length
-        stop = start + self._length + 1
-        tokens = np.empty(self._length + 1, np.int64)
-        parts = np.zeros(self._length + 1, np.uint8)
-        documents = np.empty(self._length + 1, np.int32)
-        at = int(np.searchsorted(self._ends, start, side="right"))
-        filled = 0
-        while start < stop:
-            document = int(self._order[at])
-            begin = int(self._ends[at]) - int(self._dataset.lengths[document])
-            take = min(stop, int(self._ends[at])) - start
-            source = int(self._dataset.offsets[document]) + start - begin
-            tokens[filled : filled + take] = self._dataset.tokens[source : source + take]
-            if self._dataset.parts is not None:
-                parts[filled : filled + take] = self._dataset.parts[source : source + take]
-            documents[filled : filled + take] = at
-            filled, start, at = filled + take, start + take, at + 1
-        return tokens, parts, documents
+    def _fill(self, number: int, tokens: npt.NDArray[np.int64], kinds: npt.NDArray[np.int32], documents: npt.NDArray[np.int32]) -> None:
+        """Write one sequence into its rows, each [s + 1]. Padding is the end-of-document token, or 0, and a document of its own."""
+        path, spans = self.stream.spans(number)
+        dataset = self._datasets[path]
+        at = 0
+        for place, span in enumerate(spans):
+            source = dataset.begin(span.document) + span.first
+            here = slice(at, at + span.tokens)
+            tokens[here] = dataset.tokens[source : source + span.tokens]
+            kinds[here] = self._kinds.first_of(path, span.document)
+            if dataset.parts is not None:
+                kinds[here] += dataset.parts[source : source + span.tokens]
+            documents[here] = place
+            at += span.tokens
+        tokens[at:] = (dataset.details or {}).get("eod_id", 0)
+        documents[at:] = len(spans)
 
 
-def step_batches(order: SequenceOrder, first_sequence: int, *, global_batch: int, micro_batch: int, rank: int, ranks: int) -> list[MicroBatch]:
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Everything a run reads. datasets: the training ones, by path; validation: by name, "" for the one that has none."""
+
+    datasets: dict[str, TokenDataset]
+    train: Batches
+    validation: dict[str, Batches]
+    with_parts: dict[str, bool]
+    """Of each validation set, whether its tokens' parts are known."""
+    kinds: Kinds
+
+    @property
+    def has_parts(self) -> bool:
+        """Say whether any training dataset tells thinking from document."""
+        return any(dataset.parts is not None for dataset in self.datasets.values())
+
+
+def open_run_data(config: TrainConfig) -> RunData:
+    """Open a run's datasets, and refuse, before any step, what cannot be read as the config says: ConfigError or DataError."""
+    data = config.data
+    sets = data.validation_sets if config.validate_every_steps else {}
+    datasets = {path: open_dataset(path) for path in dict.fromkeys([*data.train_paths, *sets.values()])}
+    _check_tokenizers(datasets)
+    kinds = Kinds(datasets)
+
+    def batches(stages: Sequence[Stage]) -> Batches:
+        return Batches(data, Stream(data, stages, datasets, config.seed), datasets, kinds)
+
+    train = batches(data.blends)
+    train.stream.check_epochs(config.steps * config.global_batch_sequences)
+    validation = {name: batches([Stage(train=(Share(path=path),))]) for name, path in sets.items()}
+    wanted = config.validation_batches * config.global_batch_sequences
+    for name, path in sets.items():
+        held = validation[name].stream.sequences_per_epoch(path)
+        if wanted > held:
+            raise ConfigError(
+                f"validation_batches={config.validation_batches} x global_batch_sequences={config.global_batch_sequences} = {wanted} sequences, "
+                f"but {path} holds {held}; lower validation_batches or give more validation data"
+            )
+    with_parts = {name: datasets[path].parts is not None for name, path in sets.items()}
+    return RunData({path: datasets[path] for path in data.train_paths}, train, validation, with_parts, kinds)
+
+
+def _check_tokenizers(datasets: Mapping[str, TokenDataset]) -> None:
+    known = [(path, dataset.details["tokenizer_fingerprint"]) for path, dataset in datasets.items() if dataset.details is not None]
+    for path, fingerprint in known[1:]:
+        if fingerprint != known[0][1]:
+            raise DataError(f"{path} was made with another tokenizer than {known[0][0]}; preprocess both with one")
+
+
+def step_batches(batches: Batches, first_sequence: int, *, global_batch: int, micro_batch: int, rank: int, ranks: int) -> list[MicroBatch]:
     """Return data-parallel rank `rank`'s micro-batches of the step whose sequences start at `first_sequence`.
 
     The step's sequences are dealt so that which ones it sees does not depend on the number of ranks.
     """
     per_rank = global_batch // ranks
     start = first_sequence + rank * per_rank
-    return [order.micro_batch(range(at, at + micro_batch)) for at in range(start, start + per_rank, micro_batch)]
+    return [batches.micro_batch(range(at, at + micro_batch)) for at in range(start, start + per_rank, micro_batch)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.datasets import TokenDataset
+from tpt_megatron.datasets import TokenDataset, sidecar
 from tpt_megatron.errors import CheckpointError
 from tpt_megatron.mcore import checkpoint
 from tpt_megatron.mcore.engine import Engine
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
+from tpt_megatron.train.data import RunData
 
 log = logging.getLogger(__name__)
 
@@ -19,23 +21,23 @@ log = logging.getLogger(__name__)
 class Saving:
     """The checkpoints of one run, under run_dir/checkpoints."""
 
-    def __init__(self, config: TrainConfig, engine: Engine, train: TokenDataset) -> None:
-        self._config, self._engine, self._train = config, engine, train
+    def __init__(self, config: TrainConfig, engine: Engine, data: RunData) -> None:
+        self._config, self._engine, self._data = config, engine, data
         self._checkpoints = config.run_dir / "checkpoints"
 
-    def resume(self) -> int:
-        """Load what there is to continue from and return the number of steps done."""
+    def resume(self) -> tuple[int, int]:
+        """Load what there is to continue from; return the number of steps done and the tokens that they saw."""
         step = checkpoint.latest_step(self._checkpoints)
         if step is None:
             if self._config.checkpoint.load_from is not None:
                 self._load(self._config.checkpoint.load_from)
-            return 0
+            return 0, 0
         folder = checkpoint.iteration_folder(self._checkpoints, step)
         description = self._load(folder)
         if description["step"] != step:
             raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}")
         log.info("%s: continuing after step %d", self._config.run_dir, step)
-        return step
+        return step, int(description["tokens_seen"])
 
     def _load(self, folder: Path) -> dict[str, Any]:
         description = checkpoint.read_description(folder)
@@ -47,30 +49,23 @@ class Saving:
                 )
         if description["precision"] != self._config.precision:
             raise CheckpointError(f"{folder}: the checkpoint was trained in {description['precision']}, the config says precision={self._config.precision}")
-        data = description["data"]
-        if folder.parent == self._checkpoints and data != self._data_fingerprint():
-            raise CheckpointError(f"{folder}: the run was trained on other data than data.train={self._config.data.train}; use that data, or another run_dir")
+        if folder.parent == self._checkpoints and description["data"] != self._data_fingerprint():
+            differs = ", ".join(sorted(_differing(description["data"], self._data_fingerprint())))
+            read = ", ".join(self._config.data.train_paths)
+            raise CheckpointError(f"{folder}: the run was trained on other data than {read} as this config reads it ({differs}); use that, or another run_dir")
         checkpoint.load_checkpoint(self._engine, folder)
         return description
 
     def _data_fingerprint(self) -> dict[str, Any]:
-        data = self._train
-        return {
-            "documents": len(data.lengths),
-            "tokens": int(data.offsets[-1]),
-            "sequence_length": self._config.data.sequence_length,
-            "attention": self._config.data.attention,
-            "seed": self._config.seed,
-            "global_batch_sequences": self._config.global_batch_sequences,
-            "sha256": (data.details or {}).get("sha256"),
-        }
+        return {**self._data.train.stream.fingerprint(), "global_batch_sequences": self._config.global_batch_sequences}
 
     def save(self, step: int, tokens_seen: int) -> None:
         """Write a checkpoint of what the engine holds after `step`, and make it the latest."""
-        config, details = self._config, self._train.details
+        config, datasets = self._config, self._data.datasets
+        path, details = next(((path, dataset.details) for path, dataset in datasets.items() if dataset.details is not None), ("", None))
         keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
         tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
-        beside = {name: Path(f"{config.data.train}.{name}") for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
+        beside = {name: sidecar(Path(path or config.data.train_paths[0]), name) for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
         checkpoint.save_checkpoint(
             self._engine,
             self._checkpoints,
@@ -80,7 +75,7 @@ class Saving:
                 "model": config.model.model_dump(mode="json"),
                 "sequence_length": config.data.sequence_length,
                 "precision": config.precision,
-                "arm": arm_of(self._train),
+                "arm": arm_of(datasets),
                 "tokenizer": tokenizer,
                 "data": self._data_fingerprint(),
             },
@@ -88,6 +83,10 @@ class Saving:
         )
 
 
-def arm_of(dataset: TokenDataset) -> str | None:
-    """Return the arm that a dataset's manifest names; None without a manifest."""
-    return None if dataset.details is None else str(dataset.details["arm"])
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
+    return {key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)}
+
+
+def arm_of(datasets: Mapping[str, TokenDataset]) -> str | None:
+    """Return the arm that the datasets' manifests name, several joined by +; None without a manifest."""
+    return "+".join(dict.fromkeys(str(dataset.details["arm"]) for dataset in datasets.values() if dataset.details is not None)) or None
