@@ -139,19 +139,29 @@ def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset without its ending (data/append/train), an output of tpt preprocess, or records.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset without its ending (data/append/train), an output of tpt preprocess, records, a run.")],
     documents: Annotated[int, typer.Option(min=0, metavar="N", help="How many of the first documents to show.")] = 3,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw lengths and sources: a .png, .svg or .pdf file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, bound and count instead; exit code 1 if anything is wrong.")] = False,
+    step: Annotated[int | None, typer.Option(metavar="N", help="Of a run folder: show every document that step N saw.")] = None,
 ) -> None:
-    """Show what a token dataset holds: counts by part and source, lengths, and its first documents. Or what record files hold."""
+    """Show what a token dataset holds: counts by part and source, lengths, and its first documents. Or what record files hold, or what a step saw."""
     from rich.console import Console
 
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if step is not None:
+        from tpt_megatron.errors import UsageError
+        from tpt_megatron.inspection.step import print_step
+
+        if plot is not None or verify:
+            raise UsageError("--plot and --verify are for token datasets, and --step is for runs")
+        print_step(Path(path), step, console)
+        return
     from tpt_megatron.inspection.show import inspect_path
 
     if plot is not None:
         _require("matplotlib", extra="report")
-    inspect_path(path, Console(width=None if sys.stdout.isatty() else 160), documents=documents, plot=plot, check=verify)
+    inspect_path(path, console, documents=documents, plot=plot, check=verify)
 
 
 @app.command(epilog=_keys("train"))
