@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from tpt_megatron.config.load import load_config
+from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.datasets import open_dataset
+from tpt_megatron.sequences.stream import Stream
+
 STEPS = 12
 
 
@@ -147,6 +152,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path,
         (("model.ffn_hidden_size=96",), 1, "the checkpoint has model.ffn_hidden_size=80, the config 96"),
         (("data.train={root}/other/append/train",), 1, "was trained on other data"),
         (("seed=5",), 1, "was trained on other data"),
+        (("data.packing=best_fit",), 1, "was trained on other data than {root}/datasets/append/train as this config reads it (packing)"),
         (("precision=bf16",), 1, "the checkpoint was trained in fp32"),
         (("global_batch_sequences=6", "micro_batch_sequences=4"), 2, "global_batch_sequences=6 is not a multiple of"),
     ],
@@ -155,9 +161,46 @@ def test_what_does_not_continue_the_run_is_refused(tmp_path: Path, datasets: Pat
     copy_of(unbroken, tmp_path)
     ended = train(write_config(tmp_path, datasets, steps=STEPS + 1), *(override.format(root=datasets) for override in overrides))
     assert ended.returncode == code
-    assert says in ended.stderr
+    assert says.format(root=datasets) in ended.stderr
     assert "Traceback" not in ended.stderr
     assert losses(tmp_path) == losses(unbroken)
+
+
+def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(tmp_path: Path, datasets: Path) -> None:
+    one, other = (str(datasets / name / "append" / "train") for name in ("datasets", "other"))
+    shares = [{"path": one, "weight": 0.7}, {"path": other, "weight": 0.3, "max_epochs": 2}]
+    data = {
+        "stages": [{"tokens": 10 * 128, "train": shares}, {"train": other}],
+        "validation": {"one": one, "other": other},
+        "sequence_length": 128,
+        "packing": "best_fit",
+        "loss_weights": {"thinking": 0.5},
+    }
+    config = write_config(tmp_path, datasets, data=data, steps=4, checkpoint={"every_steps": 2}, validate_every_steps=2)
+    ended = train(config)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+    def metrics() -> list[dict[str, Any]]:
+        lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in line.items() if key not in ("step_time_s", "tokens_per_second")} for line in lines]
+
+    unbroken = metrics()
+    validated = {f"{name}/{of}" for name in ("validation_loss", "validation_loss_document", "validation_loss_thinking") for of in ("one", "other")}
+    assert [{*line} & validated for line in unbroken] == [set(), validated, set(), validated]
+    loaded = load_config(TrainConfig, str(config))
+    stream = Stream(loaded.data, loaded.data.blends, {path: open_dataset(path) for path in (one, other)}, loaded.seed)
+    labels = [sum(seen.tokens for seen in stream.documents(range(4 * step))) - 4 * step for step in range(1, 5)]
+    assert [line["tokens_seen"] for line in unbroken] == labels  # of each sequence all but the first token and the padding
+    assert labels[-1] < 16 * 128
+    rewind(tmp_path, 2)
+    assert train(config).returncode == 0
+    assert metrics() == unbroken
+    shown = subprocess.run(
+        [sys.executable, "-m", "tpt_megatron.cli", "inspect", str(tmp_path / "run"), "--step", "3"], capture_output=True, text=True, check=True
+    )
+    rows = [line.split() for line in shown.stdout.splitlines() if "/append/train" in line]
+    assert {int(row[1]) for row in rows} == {8, 9, 10, 11}
+    assert all(row[0] == other for row in rows if int(row[1]) >= 10)
 
 
 def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Path, unbroken: Path) -> None:

@@ -77,4 +77,5 @@ class Permutation:
             np.subtract(changed, side, out=wrapped)
             np.minimum(changed, wrapped, out=changed)  # below `side`, the difference wraps to a huge number
         np.multiply(halves[0], sides[1], out=hashed)
-        return np.add(hashed, halves[1], out=hashed)
+        hashed += halves[1]
+        return hashed

@@ -76,8 +76,9 @@ def test_any_sequence_is_the_same_whatever_was_asked_before(lengths: list[int], 
 
 
 @pytest.mark.parametrize("too_long", [None, "cut"])
-def test_epochs_and_seeds_differ_in_order(too_long: TooLong | None) -> None:
-    lengths = np.full(64, 7, np.int32)
+@pytest.mark.parametrize("documents", [16, 64])  # one block, and several
+def test_epochs_and_seeds_differ_in_order(documents: int, too_long: TooLong | None) -> None:
+    lengths = np.full(documents, 7, np.int32)
 
     def epoch(seed: int, number: int) -> list[list[Span]]:
         order = Concatenated(lengths, 20, seed) if too_long is None else BestFit(lengths, 20, seed, too_long)
