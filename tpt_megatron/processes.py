@@ -6,9 +6,11 @@ dies ends the others, and the command says which it was.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +35,27 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process, which `parent` forked, and all that are forked from it, the moment their parent ends.
+
+    For processes that must not outlive a killed parent by one write. Linux only; elsewhere they end when they are done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    _be_killed_with(parent)
+    forking = [os.getpid()]
+    os.register_at_fork(before=lambda: forking.append(os.getpid()), after_in_child=lambda: _be_killed_with(forking[-1]))
+
+
+def _be_killed_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not inherited by forks
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
 
 
 class WorkerProcesses:

@@ -8,7 +8,8 @@ import numpy as np
 
 from tpt_megatron.config.load import check_config
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.mcore import checkpoint, groups
+from tpt_megatron.mcore import groups
+from tpt_megatron.mcore.checkpoint import CheckpointWriter, load_checkpoint
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 
 VOCABULARY, SEQUENCE, GLOBAL_BATCH, KINDS = 250, 32, 8, 4
@@ -38,11 +39,13 @@ def main() -> None:
     layout = groups.join(config.parallel)
     engine = Engine(config, KINDS)
     if job["load"]:
-        checkpoint.load_checkpoint(engine, Path(job["load"]))
+        load_checkpoint(engine, Path(job["load"]), "")
     lines = []
     for step in range(job["first"], job["last"] + 1):
         if job["save_before"] == step:
-            checkpoint.save_checkpoint(engine, Path(job["save"]), step, {}, {})
+            writer = CheckpointWriter(engine, Path(job["save"]))
+            writer.save(step, {}, {})
+            writer.wait()
         batches = micro_batches(step, layout.data_parallel_rank, layout.data_parallel_size)
         result = engine.train_step(batches, learning_rate=3e-3)
         by_kind = {f"loss_{kind}": result.losses.mean([kind]) for kind in range(KINDS)}

@@ -138,7 +138,19 @@ def test_multi_token_prediction_learns_the_same(name: str, run: Run, reference: 
     assert_close(run("mtp", ranks, parallel, load=initial), losses)
 
 
-def test_checkpoint_of_tp2_continues_at_pp2(run: Run, reference: Reference, tmp_path: Path) -> None:
+CHANGES = [
+    ("TP2", "PP2"),
+    ("DP2", "TP2+SP"),
+    ("interleaved PP2", "one process"),
+    ("CP2", "interleaved PP2"),
+    ("TP2·PP2", "DP2, overlapped"),
+    ("one process", "TP2·CP2+SP"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_checkpoint_continues_under_another_layout(before: str, after: str, run: Run, reference: Reference, tmp_path: Path) -> None:
     initial, losses = reference("dense")
-    run("dense", 2, {"tensor_parallel": 2}, load=initial, last=10, save=tmp_path, save_before=10)
-    assert_close(run("dense", 2, {"pipeline_parallel": 2}, load=tmp_path / "iter_0000010", first=10), losses[9:])
+    layouts = {**LAYOUTS, "one process": (1, {})}
+    run("dense", *layouts[before], load=initial, last=10, save=tmp_path, save_before=10)
+    assert_close(run("dense", *layouts[after], load=tmp_path / "iter_0000010", first=10), losses[9:])

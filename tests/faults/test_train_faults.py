@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.support.tensors import assert_same_tensors
+from tpt_megatron.convert.checkpoint_reader import CheckpointReader, find_checkpoint
 
 from tpt_megatron.config.load import load_config
 from tpt_megatron.config.train import TrainConfig
@@ -122,6 +126,21 @@ def cut_off_shard(run: Path) -> None:
     os.truncate(shard, shard.stat().st_size // 2)
 
 
+def flip_a_byte(run: Path) -> None:
+    shard = max((run / "checkpoints" / f"iter_{STEPS:07d}").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of weights: it loads without a word
+    shard.write_bytes(content)
+
+
+def garble_checksums(run: Path) -> None:
+    (run / "checkpoints" / f"iter_{STEPS:07d}" / "checksums.json").write_text("[]]")
+
+
+def garble_description(run: Path) -> None:
+    (run / "checkpoints" / f"iter_{STEPS:07d}" / "tpt.json").write_text("{")
+
+
 def remove_folder(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / f"iter_{STEPS:07d}")
 
@@ -131,7 +150,10 @@ def remove_folder(run: Path) -> None:
     [
         (damage_tracker, "expected a step number, found 'garbage'"),
         (remove_marker, "not a complete checkpoint"),
-        (cut_off_shard, "cannot be loaded"),
+        (cut_off_shard, "the file is damaged: it has "),
+        (flip_a_byte, "the file is damaged: its SHA-256 is not the one in checksums.json"),
+        (garble_checksums, "checksums.json: not a list of files and their checksums"),
+        (garble_description, "tpt.json: the file is damaged"),
         (remove_folder, "no such checkpoint"),
     ],
 )
@@ -144,6 +166,77 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path,
     assert str(tmp_path / "run" / "checkpoints") in ended.stderr
     assert "Traceback" not in ended.stderr
     assert losses(tmp_path) == losses(unbroken)
+    if damage is not damage_tracker:
+        assert "the complete one before it is of step 8: write 8 into" in ended.stderr
+
+
+def test_the_way_out_of_a_flipped_byte_leads_to_the_unbroken_run(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+    copy_of(unbroken, tmp_path)
+    flip_a_byte(tmp_path / "run")
+    rewind(tmp_path, 8)
+    assert train(write_config(tmp_path, datasets)).returncode == 0
+    assert losses(tmp_path) == losses(unbroken)
+    assert_same_tensors(tmp_path / "run", unbroken / "run")
+
+
+def test_a_checkpoint_without_checksums_still_loads(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+    copy_of(unbroken, tmp_path)
+    rewind(tmp_path, 8)
+    (tmp_path / "run" / "checkpoints" / "iter_0000008" / "checksums.json").unlink()
+    ended = train(write_config(tmp_path, datasets))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "it has no checksums.json, as the oldest checkpoints have none; loaded without verifying it" in ended.stderr
+    assert losses(tmp_path) == losses(unbroken)
+
+
+def test_retention_deletes_what_need_not_be_kept_and_the_best_survives_a_restart(tmp_path: Path, datasets: Path) -> None:
+    data = {"train": str(datasets / "datasets/append/train"), "validation": str(datasets / "other/append/train"), "sequence_length": 32}
+    rules = {"every_steps": 1, "keep_last": 2, "keep_every_steps": 5, "keep_best": 1}
+    # A learning rate that makes it worse after a while: the best is in the middle.
+    config = write_config(tmp_path, datasets, data=data, checkpoint=rules, validate_every_steps=1, steps=8, optimizer={"learning_rate": 0.05})
+    for steps in (8, 14):
+        ended = train(config, f"steps={steps}")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        losses_by_step = {line["step"]: line["validation_loss"] for line in lines}
+        best = min(losses_by_step, key=losses_by_step.__getitem__)
+        expected = {best, *range(5, steps + 1, 5), steps - 1, steps}
+        found = {int(path.name.removeprefix("iter_")) for path in (tmp_path / "run" / "checkpoints").glob("iter_*")}
+        assert found == expected
+    assert best < 8, "the best is not of before the restart: nothing was tested"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_run_may_start_from_weights_alone_with_a_fresh_optimizer(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+    source = unbroken / "run" / "checkpoints" / f"iter_{STEPS:07d}"
+    found = {}
+    for load in ("weights", "all"):
+        folder = tmp_path / load
+        folder.mkdir()
+        # A rate so small that one step changes next to nothing: the checkpoint after it shows what was loaded.
+        ended = train(write_config(folder, datasets), f"checkpoint.load_from={source}", f"checkpoint.load={load}", "steps=1", "optimizer.learning_rate=1e-9")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        found[load] = CheckpointReader(find_checkpoint(folder / "run"))
+    original = CheckpointReader(source)
+    moments = next(key for key in original.tensors if "exp_avg_sq" in key and "embedding" in key)
+    for key in original.tensors:
+        if not key.startswith("optimizer."):
+            torch.testing.assert_close(found["weights"].read(key), original.read(key), atol=1e-6, rtol=0)
+    assert found["all"].read(moments).sum() > 3 * found["weights"].read(moments).sum(), "the optimizer was not fresh"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_bf16_resumes_bit_for_bit_and_writing_behind_its_back_changes_nothing(tmp_path: Path, datasets: Path, asynchronous: bool) -> None:
+    model = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 2, "num_query_groups": 2}
+    folders = [tmp_path / name for name in ("unbroken", "stopped")]
+    for folder, stops in zip(folders, ([4], [1, 3, 4]), strict=True):
+        folder.mkdir()
+        config = write_config(folder, datasets, model=model, precision="bf16", checkpoint={"every_steps": 1, "asynchronous": asynchronous})
+        for steps in stops:
+            ended = train(config, f"steps={steps}")
+            assert ended.returncode == 0, ended.stderr[-3000:]
+    assert losses(folders[0]) == losses(folders[1])
+    assert_same_tensors(folders[0] / "run", folders[1] / "run")
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ class TrainConfig(Config):
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()
         self.data.check_budgets(self.progress.sequences_before(self.last_step + 1))
+        if self.checkpoint.keep_best and (not self.validate_every_steps or self.checkpoint.every_steps % self.validate_every_steps):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_loss for every checkpoint: checkpoint.every_steps="
+                f"{self.checkpoint.every_steps} must be a multiple of validate_every_steps={self.validate_every_steps}, which must not be 0"
+            )
         return self
 
     @cached_property

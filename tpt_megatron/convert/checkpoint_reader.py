@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from tpt_megatron.checkpoints import DESCRIPTION, TRACKER, iteration_folder
 from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.errors import CheckpointError
 
-LATEST = "latest_checkpointed_iteration.txt"
 FORMAT = 1
 
 
@@ -57,7 +57,7 @@ class CheckpointRecord(BaseModel):
 
 def iteration_folders(checkpoints: Path) -> list[Path]:
     """Return the `iter_*` folders of a checkpoints folder that carry a finished checkpoint's record, in the order of their steps."""
-    return sorted(path for path in checkpoints.glob("iter_*") if path.is_dir() and (path / "tpt.json").is_file())
+    return sorted(path for path in checkpoints.glob("iter_*") if path.is_dir() and (path / DESCRIPTION).is_file())
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,14 +69,14 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such checkpoint folder; give RUN_DIR/checkpoints/iter_0000100, its parent, or the run folder")
     if (path / ".metadata").exists() or path.name.startswith("iter_"):
         return path
-    checkpoints = path if (path / LATEST).is_file() else path / "checkpoints"
-    latest = checkpoints / LATEST
+    checkpoints = path if (path / TRACKER).is_file() else path / "checkpoints"
+    latest = checkpoints / TRACKER
     if not latest.is_file():
-        raise CheckpointError(f"{path}: holds no checkpoint ({LATEST} is neither there nor in checkpoints/); was the run stopped before it saved one?")
+        raise CheckpointError(f"{path}: holds no checkpoint ({TRACKER} is neither there nor in checkpoints/); was the run stopped before it saved one?")
     text = latest.read_text(errors="replace").strip()
     if not text.isdecimal():
         raise CheckpointError(f"{latest}: expected a step number, found {text[:40]!r}; name an iter_* folder instead")
-    folder = checkpoints / f"iter_{int(text):07d}"
+    folder = iteration_folder(checkpoints, int(text))
     if not folder.is_dir():
         raise CheckpointError(f"{latest}: names {folder.name}, which is not there; name another iter_* folder of {checkpoints}")
     return folder
@@ -84,7 +84,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_record(checkpoint: Path) -> CheckpointRecord:
     """Read `tpt.json` of an `iter_*` folder; CheckpointError when it is missing, damaged or of another format."""
-    path = checkpoint / "tpt.json"
+    path = checkpoint / DESCRIPTION
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import queue
 import sys
 import types
 from collections.abc import Callable
@@ -58,7 +57,6 @@ def adapt() -> None:
     _provide_fused_adam()
     _translate_device_literals()
     _route_to_experts()
-    _keep_save_results_in_process()
 
 
 class _Nothing:
@@ -234,14 +232,3 @@ def _route_to_experts() -> None:
 
     moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = counts_on_cpu
-
-
-def _keep_save_results_in_process() -> None:
-    """Give synchronous saves a plain queue.
-
-    megatron-core's default is a multiprocessing manager, a process for every rank that imports the main module anew
-    (seconds, each first save) and outlives a killed trainer. Synchronous saves put and get in this process.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()

@@ -63,6 +63,7 @@ class Run:
         with MetricsFile(metrics_path, done) as metrics, StopRequest() as stop, progress_bar("train", config.steps, completed=done) as bar:
             for step in range(done + 1, config.steps + 1):
                 line = self._step(step)
+                self._saving.poll()
                 if config.validate_every_steps and step % config.validate_every_steps == 0:
                     line |= self._validate()
                 metrics.write(line)
@@ -71,10 +72,12 @@ class Run:
                 stopping = groups.any_rank(stop.asked)
                 if stopping or step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
                     metrics.sync()
-                    self._saving.save(step, self._tokens_seen)
-                    log.info("step %d of %d: loss %.4f, saved", step, config.steps, line["loss"])
+                    log.info("step %d of %d: loss %.4f, saving", step, config.steps, line["loss"])
+                    self._saving.save(step, self._tokens_seen, line.get("validation_loss"))
                 if stopping and step < config.steps:
+                    self._saving.wait()
                     raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
+            self._saving.wait()
 
     def _step(self, step: int) -> dict[str, Any]:
         """Take step number `step` (from 1) and return its metrics."""
@@ -86,6 +89,7 @@ class Run:
         result = self._engine.train_step(batches, rate)
         loss = result.losses.loss
         if not (math.isfinite(loss) and math.isfinite(result.gradient_norm)):
+            self._saving.wait()
             raise DataError(
                 f"{config.run_dir}: step {step} has loss {loss} and gradient norm {result.gradient_norm}; "
                 "lower optimizer.learning_rate, or look at the data; the last checkpoint is untouched"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpt_megatron.checkpoints import DESCRIPTION, discard, finished_steps, iteration_folder, latest_step, to_discard, way_out
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.datasets import TokenDataset, sidecar
 from tpt_megatron.errors import CheckpointError
-from tpt_megatron.mcore import checkpoint
+from tpt_megatron.files import read_json
+from tpt_megatron.mcore.checkpoint import CheckpointWriter, load_checkpoint, read_description
 from tpt_megatron.mcore.engine import Engine
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 from tpt_megatron.train.data import RunData
@@ -24,54 +27,57 @@ class Saving:
     def __init__(self, config: TrainConfig, engine: Engine, data: RunData) -> None:
         self._config, self._engine, self._data = config, engine, data
         self._checkpoints = config.run_dir / "checkpoints"
+        self._writer = CheckpointWriter(engine, self._checkpoints, self._discard_others)
 
     def resume(self) -> tuple[int, int]:
-        """Load what there is to continue from; return the number of steps done and the tokens that they saw."""
-        step = checkpoint.latest_step(self._checkpoints)
+        """Load what there is to continue from and return the number of steps done and the tokens that they saw."""
+        step = latest_step(self._checkpoints)
         if step is None:
-            if self._config.checkpoint.load_from is not None:
-                self._load(self._config.checkpoint.load_from)
+            chosen = self._config.checkpoint
+            if chosen.load_from is not None:
+                self._load(chosen.load_from, weights_only=chosen.load == "weights")
             return 0, 0
-        folder = checkpoint.iteration_folder(self._checkpoints, step)
+        folder = iteration_folder(self._checkpoints, step)
         description = self._load(folder)
         if description["step"] != step:
-            raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}")
+            raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}; {way_out(folder, resuming=True)}")
         log.info("%s: continuing after step %d", self._config.run_dir, step)
         return step, int(description["tokens_seen"])
 
-    def _load(self, folder: Path) -> dict[str, Any]:
-        description = checkpoint.read_description(folder)
+    def _load(self, folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
+        resuming = folder.parent == self._checkpoints
+        instead = way_out(folder, resuming=resuming)
+        description = read_description(folder, instead)
         ours = self._config.model.model_dump(mode="json")
         for key, value in description["model"].items():
             if ours.get(key) != value and not key.endswith(("init_std", "vocab_divisor")):
                 raise CheckpointError(
                     f"{folder}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"
                 )
-        if description["precision"] != self._config.precision:
+        if description["precision"] != self._config.precision and not weights_only:
             raise CheckpointError(f"{folder}: the checkpoint was trained in {description['precision']}, the config says precision={self._config.precision}")
-        if folder.parent == self._checkpoints and description["data"] != self._data_fingerprint():
+        if resuming and description["data"] != self._data_fingerprint():
             differs = ", ".join(sorted(_differing(description["data"], self._data_fingerprint())))
             read = ", ".join(self._config.data.train_paths)
             raise CheckpointError(f"{folder}: the run was trained on other data than {read} as this config reads it ({differs}); use that, or another run_dir")
-        checkpoint.load_checkpoint(self._engine, folder)
+        load_checkpoint(self._engine, folder, instead, weights_only=weights_only)
         return description
 
     def _data_fingerprint(self) -> dict[str, Any]:
         return {**self._data.train.stream.fingerprint(), "global_batch_sequences": self._config.global_batch_sequences}
 
-    def save(self, step: int, tokens_seen: int) -> None:
-        """Write a checkpoint of what the engine holds after `step`, and make it the latest."""
+    def save(self, step: int, tokens_seen: int, validation_loss: float | None) -> None:
+        """Write a checkpoint of what the engine holds after `step`, and make it the latest: now, or behind training's back."""
         config, datasets = self._config, self._data.datasets
         path, details = next(((path, dataset.details) for path, dataset in datasets.items() if dataset.details is not None), ("", None))
         keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
         tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
         beside = {name: sidecar(Path(path or config.data.train_paths[0]), name) for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
-        checkpoint.save_checkpoint(
-            self._engine,
-            self._checkpoints,
+        self._writer.save(
             step,
             {
                 "tokens_seen": tokens_seen,
+                "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
                 "model": config.model.model_dump(mode="json"),
                 "sequence_length": config.data.sequence_length,
                 "precision": config.precision,
@@ -81,6 +87,36 @@ class Saving:
             },
             {name: path for name, path in beside.items() if path.is_file()},
         )
+        if not config.checkpoint.asynchronous:
+            self._writer.wait()
+
+    def poll(self) -> None:
+        """Complete the checkpoint under way if it is written. For every rank to call once a step."""
+        self._writer.poll()
+
+    def wait(self) -> None:
+        """Complete the checkpoint under way, if any: nothing is left to be done after this."""
+        self._writer.wait()
+
+    def _discard_others(self, latest: int) -> None:
+        """Delete what need not be kept now that there is one more. Later steps than it are of a past that was taken back: they stay."""
+        rules = self._config.checkpoint
+        if not rules.keep_last:
+            return
+        steps = [step for step in finished_steps(self._checkpoints) if step <= latest]
+        for step in to_discard(steps, self._validation_losses(steps) if rules.keep_best else {}, rules):
+            folder = iteration_folder(self._checkpoints, step)
+            discard(folder)
+            log.info("%s: deleted, it need not be kept", folder)
+
+    def _validation_losses(self, steps: list[int]) -> dict[int, float]:
+        """Return the validation losses that the checkpoints themselves name, so that the best survives a restart."""
+        losses = {}
+        for step in steps:
+            path = iteration_folder(self._checkpoints, step) / DESCRIPTION
+            if path.is_file() and (loss := read_json(path).get("validation_loss")) is not None:
+                losses[step] = float(loss)
+        return losses
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
