@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from tests.support.tensors import assert_same_tensors
-from tpt_megatron.convert.checkpoint_reader import CheckpointReader, find_checkpoint
-
 from tpt_megatron.config.load import load_config
 from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.convert.checkpoint_reader import CheckpointReader, find_checkpoint
 from tpt_megatron.datasets import open_dataset
 from tpt_megatron.sequences.stream import Stream
 

@@ -16,6 +16,7 @@ from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.config.optimizer import OptimizerConfig
 from tpt_megatron.config.parallel import ParallelConfig
 from tpt_megatron.config.progress import BatchRamp, Progress
+from tpt_megatron.config.watching import FaultConfig, WatchConfig
 
 
 class TrainConfig(Config):
@@ -38,6 +39,8 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
+    faults: FaultConfig = FaultConfig()
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
     global_batch_sequences: PositiveInt

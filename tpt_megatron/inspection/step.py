@@ -15,7 +15,7 @@ from rich.text import Text
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.datasets import open_dataset, sidecar
 from tpt_megatron.errors import DataError, UsageError
-from tpt_megatron.files import read_json
+from tpt_megatron.files import parse_json_line, read_json, read_lines
 from tpt_megatron.inspection.printing import counts_table, one_line, print_line, print_table, table_name
 from tpt_megatron.sequences.stream import Stream
 
@@ -26,16 +26,16 @@ def print_step(run: Path, step: int, console: Console) -> None:
     Raises UsageError for what is no run or no step of it, and DataError when the datasets are not those that the run read.
     """
     config, fingerprint = _read_run(run)
-    if not 1 <= step <= config.steps:
-        raise UsageError(f"--step {step}: the run {run} has the steps 1 to {config.steps}")
+    if not 1 <= step <= config.last_step:
+        raise UsageError(f"--step {step}: the run {run} has the steps 1 to {config.last_step}")
     datasets = {path: open_dataset(path) for path in config.data.train_paths}
     stream = Stream(config.data, config.data.blends, datasets, config.seed)
     if stream.fingerprint() != fingerprint:
         raise DataError(f"{run}: the datasets that its config names are not the ones it read, or this release orders them otherwise; give it those back")
-    first = (step - 1) * config.global_batch_sequences
-    seen = list(stream.documents(range(first, first + config.global_batch_sequences)))
+    first, count = _first_sequence(run, step, config), config.progress.batch(step)
+    seen = list(stream.documents(range(first, first + count)))
     rows = {path: _rows(Path(path), {one.document for one in seen if one.path == path}) for path in {one.path for one in seen}}
-    print_line(console, f"step {step}: sequences {first:,} to {first + config.global_batch_sequences - 1:,}, {len(seen):,} documents and pieces of documents")
+    print_line(console, f"step {step}: sequences {first:,} to {first + count - 1:,}, {len(seen):,} documents and pieces of documents")
     table = counts_table("dataset", ("sequence", "document", "first token", "tokens", "of"))
     table.add_column("id", no_wrap=True)
     table.add_column("source", no_wrap=True)
@@ -45,6 +45,16 @@ def print_step(run: Path, step: int, console: Console) -> None:
         numbers = (one.sequence, one.document, one.first, one.tokens, length)
         table.add_row(Text(one_line(one.path)), *(f"{number:,}" for number in numbers), Text(one_line(identity)), Text(table_name(source)))
     print_table(console, table)
+
+
+def _first_sequence(run: Path, step: int, config: TrainConfig) -> int:
+    """Return the number of a step's first sequence: as metrics.jsonl has it, since a run that went back goes on with later ones."""
+    path = run / "metrics.jsonl"
+    for number, line in read_lines(path) if path.is_file() else ():
+        metrics = parse_json_line(line, f"{path}:{number}")
+        if isinstance(metrics, dict) and metrics.get("step") == step:
+            return int(metrics["first_sequence"])
+    return config.progress.sequences_before(step)
 
 
 def _read_run(run: Path) -> tuple[TrainConfig, dict[str, Any]]:

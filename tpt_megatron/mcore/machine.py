@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 
 from tpt_megatron.config.train import TrainConfig
@@ -41,3 +42,13 @@ def _fp8_support(recipe: str) -> tuple[bool, str]:
     ask: dict[str, Any] = {"blockwise": State.is_fp8_block_scaling_available, "mxfp8": State.is_mxfp8_available}
     can, why = ask.get(recipe, State.is_fp8_available)()
     return bool(can), str(why)
+
+
+def device_name() -> str:
+    """Return what this rank computes on: CUDA's name for the chip, or cpu."""
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+
+
+def memory_bytes() -> int:
+    """Return the most memory that this rank had in use: on the GPU so far, or of this process now."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss

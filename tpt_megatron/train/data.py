@@ -124,7 +124,7 @@ def open_run_data(config: TrainConfig) -> RunData:
         return Batches(data, Stream(data, stages, datasets, config.seed), datasets, kinds)
 
     train = batches(data.blends)
-    train.stream.check_epochs(config.steps * config.global_batch_sequences)
+    train.stream.check_epochs(config.progress.sequences_before(config.last_step + 1))
     validation = {name: batches([Stage(train=(Share(path=path),))]) for name, path in sets.items()}
     wanted = config.validation_batches * config.global_batch_sequences
     for name, path in sets.items():

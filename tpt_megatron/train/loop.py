@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
+import orjson
+
 from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.config.watching import WatchConfig
 from tpt_megatron.datasets import TokenDataset
 from tpt_megatron.errors import ConfigError, DataError, Stopped
 from tpt_megatron.files import read_json, write_json
-from tpt_megatron.log import progress_bar
+from tpt_megatron.log import Bar, progress_bar
 from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 from tpt_megatron.mcore.model import count_parameters
 from tpt_megatron.train.data import Batches, open_run_data, step_batches
-from tpt_megatron.train.metrics import MetricsFile, git_revision, versions
-from tpt_megatron.train.saving import Saving, arm_of
+from tpt_megatron.train.guard import StepGuard
+from tpt_megatron.train.metrics import MetricsFile, Speed, git_revision, versions
+from tpt_megatron.train.profiler import StepProfiler
+from tpt_megatron.train.saving import Position, Saving, arm_of
 from tpt_megatron.train.schedule import learning_rate
 from tpt_megatron.train.signals import StopRequest
+from tpt_megatron.train.trackers import Trackers
+from tpt_megatron.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+SKIPPED = "skipped.jsonl"
 
 
 def run_train(config: TrainConfig) -> None:
-    """Train, from the run folder's latest checkpoint where there is one, to config.steps.
+    """Train, from the run folder's latest checkpoint where there is one, to its last step.
 
     Alone or as one rank under torchrun. Raises ConfigError, DataError or CheckpointError before any step is taken when
     something does not fit, and Stopped after saving when a signal came.
@@ -48,33 +57,50 @@ class Run:
         self._config = _resolve_vocabulary(config, self._data.datasets)
         self._engine = Engine(self._config, kinds=len(self._data.kinds.table))
         self._saving = Saving(self._config, self._engine, self._data)
-        self._tokens_seen = 0
+        self._position = Position()
+        self._guard = StepGuard(config.faults)
+        self._rollbacks = 0
+        self._saved_in_s = 0.0
+        self._speed = Speed(self._config, layout.world_size)
 
     def train(self) -> None:
         """Take every step that is left, measuring, validating and saving on the way."""
-        config, rank_0 = self._config, self._layout.rank == 0
-        done, self._tokens_seen = self._saving.resume()
-        if done >= config.steps:
-            log.info("%s: all %d steps were already done", config.run_dir, config.steps)
+        config, layout = self._config, self._layout
+        self._continue_from(self._saving.resume())
+        if self._position.step >= config.last_step:
+            log.info("%s: all %d steps were already done", config.run_dir, config.last_step)
             return
-        if rank_0:
-            self._describe_run()
-        metrics_path = config.run_dir / "metrics.jsonl" if rank_0 else None
-        with MetricsFile(metrics_path, done) as metrics, StopRequest() as stop, progress_bar("train", config.steps, completed=done) as bar:
-            for step in range(done + 1, config.steps + 1):
+        rank_0 = layout.rank == 0
+        description = self._describe_run() if rank_0 else {}
+        with ExitStack() as stack:
+            metrics = stack.enter_context(MetricsFile(config.run_dir / "metrics.jsonl" if rank_0 else None, self._position.step))
+            trackers = stack.enter_context(Trackers(config.watch if rank_0 else WatchConfig(), config.run_dir, self._position.step, description))
+            profiler = stack.enter_context(StepProfiler(config.watch.profile, config.run_dir / "profile", layout.rank))
+            watchdog = stack.enter_context(Watchdog(config.faults.stall_seconds, config.run_dir / "stalls", layout.rank))
+            stop = stack.enter_context(StopRequest())
+            bar = stack.enter_context(progress_bar("train", config.last_step, completed=self._position.step))
+            while self._position.step < config.last_step:
+                step = self._position.step + 1
+                watchdog.step(f"step {step}")
+                profiler.before(step)
                 line = self._step(step)
+                profiler.after(step)
                 self._saving.poll()
                 if config.validate_every_steps and step % config.validate_every_steps == 0:
+                    watchdog.step(f"validation after step {step}")
                     line |= self._validate()
                 metrics.write(line)
-                bar.say(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
-                bar.advance()
+                trackers.write(line)
+                self._say(line, bar)
+                if self._guard.is_lost:
+                    self._go_back(metrics, bar)
+                    continue
                 stopping = groups.any_rank(stop.asked)
-                if stopping or step == config.steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+                if stopping or step == config.last_step or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+                    watchdog.step(f"saving after step {step}")
                     metrics.sync()
-                    log.info("step %d of %d: loss %.4f, saving", step, config.steps, line["loss"])
-                    self._saving.save(step, self._tokens_seen, line.get("validation_loss"))
-                if stopping and step < config.steps:
+                    self._save(line)
+                if stopping and step < config.last_step:
                     self._saving.wait()
                     raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
             self._saving.wait()
@@ -83,37 +109,91 @@ class Run:
         """Take step number `step` (from 1) and return its metrics."""
         config, kinds = self._config, self._data.kinds
         began = time.perf_counter()
-        rate = learning_rate(config.optimizer, step - 1, config.steps)
-        first_sequence = (step - 1) * config.global_batch_sequences
-        batches = self._batches(self._data.train, first_sequence)
-        result = self._engine.train_step(batches, rate)
-        loss = result.losses.loss
-        if not (math.isfinite(loss) and math.isfinite(result.gradient_norm)):
-            self._saving.wait()
-            raise DataError(
-                f"{config.run_dir}: step {step} has loss {loss} and gradient norm {result.gradient_norm}; "
-                "lower optimizer.learning_rate, or look at the data; the last checkpoint is untouched"
-            )
+        rate, first = learning_rate(config, step), self._first_sequence(step)
+        batches = self._batches(self._data.train, first, config.progress.batch(step))
+        data_seconds = time.perf_counter() - began
+        result = self._engine.train_step(batches, rate, self._guard.accept)
         seconds, tokens = time.perf_counter() - began, kinds.tokens(result.losses)
-        self._tokens_seen += tokens
-        return {
+        self._position.step = step
+        self._position.tokens_seen += tokens
+        line: dict[str, Any] = {
             "step": step,
-            "tokens_seen": self._tokens_seen,
-            "loss": loss,
+            "first_sequence": first,
+            "tokens_seen": self._position.tokens_seen,
+            "loss": result.losses.loss,
             **(kinds.by_part(result.losses) if self._data.has_parts else {}),
             **({"loss_by_source": kinds.by_source(result.losses)} if len(kinds.sources) > 1 else {}),
             "gradient_norm": result.gradient_norm,
             "learning_rate": rate,
-            "tokens_per_second": tokens / seconds,
+            **self._speed.metrics(tokens, config.progress.batch(step) * config.data.sequence_length, seconds),
             "step_time_s": seconds,
+            "data_time_s": data_seconds,
+            "checkpoint_time_s": self._saved_in_s,
         }
+        self._saved_in_s = 0.0
+        if not result.updated:
+            line["skipped"] = self._guard.reason
+            self._record_skip(line, range(first, first + config.progress.batch(step)))
+        return line
 
-    def _batches(self, source: Batches, first_sequence: int) -> list[MicroBatch]:
+    def _first_sequence(self, step: int) -> int:
+        """Return the number of the first training sequence of a step."""
+        return self._config.progress.sequences_before(step) + self._position.passed_over
+
+    def _continue_from(self, position: Position) -> None:
+        self._position = position
+        self._guard = StepGuard(self._config.faults, position.norms)
+
+    def _save(self, line: Mapping[str, Any]) -> None:
+        began = time.perf_counter()
+        self._position.norms = self._guard.norms
+        self._saving.save(self._position, line.get("validation_loss"))
+        self._saved_in_s = time.perf_counter() - began
+
+    def _go_back(self, metrics: MetricsFile, bar: Bar) -> None:
+        """Go back to the last checkpoint, and on from there with the data that comes after what was not learned from. DataError where that is not allowed."""
+        lost, config = self._position, self._config
+        reason = f"{config.run_dir}: step {lost.step}, the last of {self._guard.skips_in_a_row} in a row, has {self._guard.reason}"
+        advice = "lower optimizer.learning_rate, or look at the documents in skipped.jsonl; the last checkpoint is untouched"
+        if self._rollbacks >= config.faults.rollbacks:
+            after = f" after {self._rollbacks} rollback(s)" if self._rollbacks else ""
+            raise DataError(f"{reason}{after}; {advice}")
+        self._saving.wait()
+        back = self._saving.resume()
+        if not back.step:
+            raise DataError(f"{reason}, and there is no checkpoint to go back to; {advice}")
+        self._rollbacks += 1
+        back.passed_over = self._first_sequence(lost.step + 1) - config.progress.sequences_before(back.step + 1)
+        self._continue_from(back)
+        metrics.take_back(back.step)
+        bar.advance(back.step - lost.step)
+        log.warning("%s: back to step %d, and on with the data after step %d", reason, back.step, lost.step)
+
+    def _record_skip(self, line: Mapping[str, Any], sequences: range) -> None:
+        """Say it, and keep in skipped.jsonl what the step saw: one JSON object a step."""
+        if self._layout.rank != 0:
+            return
+        log.warning("step %d is not learned from: %s; its documents are in %s", line["step"], line["skipped"], self._config.run_dir / SKIPPED)
+        documents = [asdict(seen) for seen in self._data.train.stream.documents(sequences)]
+        record = {"step": line["step"], "reason": line["skipped"], "sequences": [sequences.start, sequences.stop], "documents": documents}
+        with open(self._config.run_dir / SKIPPED, "ab") as file:
+            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def _say(self, line: Mapping[str, Any], bar: Bar) -> None:
+        step, last = line["step"], self._config.last_step
+        bar.say(f"loss {line['loss']:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
+        bar.advance()
+        if step % self._config.watch.log_every_steps == 0 or step == last:
+            losses = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in line.items() if name.startswith("validation_loss"))
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s, {line['step_time_s']:.3g} s"
+            log.info("step %d of %d: loss %.4f%s, gradient norm %.3g, %s", step, last, line["loss"], losses, line["gradient_norm"], speed)
+
+    def _batches(self, source: Batches, first_sequence: int, count: int) -> list[MicroBatch]:
         config, layout = self._config, self._layout
         return step_batches(
             source,
             first_sequence,
-            global_batch=config.global_batch_sequences,
+            global_batch=count,
             micro_batch=config.micro_batch_sequences,
             rank=layout.data_parallel_rank,
             ranks=layout.data_parallel_size,
@@ -124,7 +204,8 @@ class Run:
         config = self._config
         losses: dict[str, float] = {}
         for name, source in self._data.validation.items():
-            sums = [self._engine.evaluate(self._batches(source, number * config.global_batch_sequences)) for number in range(config.validation_batches)]
+            batch = config.global_batch_sequences
+            sums = [self._engine.evaluate(self._batches(source, number * batch, batch)) for number in range(config.validation_batches)]
             total = sum(sums[1:], sums[0])
             found = {"validation_loss": total.loss}
             if self._data.with_parts[name]:
@@ -132,8 +213,8 @@ class Run:
             losses |= {f"{key}/{name}" if name else key: value for key, value in found.items()}
         return losses
 
-    def _describe_run(self) -> None:
-        """Write run.json: how this run is made. A later session of the same run is added to the list."""
+    def _describe_run(self) -> dict[str, Any]:
+        """Write run.json, and return what is in it: how this run is made. A later session of the same run is added to the list."""
         path = self._config.run_dir / "run.json"
         described = read_json(path) if path.exists() else {"sessions": []}
         if not isinstance(described, dict) or not isinstance(described.get("sessions"), list):
@@ -145,17 +226,16 @@ class Run:
             "git_revision": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_json(
-            path,
-            {
-                "arm": arm_of(self._data.datasets),
-                "config": self._config.model_dump(mode="json"),
-                "parameters": count_parameters(self._config.model),
-                "data": {path: dataset.details for path, dataset in self._data.datasets.items()},
-                "sequences": self._data.train.stream.fingerprint(),
-                "sessions": [*sessions, session],
-            },
-        )
+        description = {
+            "arm": arm_of(self._data.datasets),
+            "config": self._config.model_dump(mode="json"),
+            "parameters": count_parameters(self._config.model),
+            "data": {path: dataset.details for path, dataset in self._data.datasets.items()},
+            "sequences": self._data.train.stream.fingerprint(),
+            "sessions": [*sessions, session],
+        }
+        write_json(path, description)
+        return description
 
 
 def _resolve_vocabulary(config: TrainConfig, datasets: Mapping[str, TokenDataset]) -> TrainConfig:
@@ -173,9 +253,11 @@ def _resolve_vocabulary(config: TrainConfig, datasets: Mapping[str, TokenDataset
 
 def _check_batch(config: TrainConfig, layout: groups.Layout) -> None:
     unit = config.micro_batch_sequences * layout.data_parallel_size
-    if config.global_batch_sequences % unit:
-        raise ConfigError(
-            f"global_batch_sequences={config.global_batch_sequences} is not a multiple of micro_batch_sequences={config.micro_batch_sequences} "
-            f"x {layout.data_parallel_size} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, config.global_batch_sequences // unit * unit)}"
-            f" and {(config.global_batch_sequences // unit + 1) * unit}"
-        )
+    for batch in reversed(config.progress.batches):
+        if batch % unit:
+            which = f"global_batch_sequences={batch}" if batch == config.global_batch_sequences else f"batch_ramp: a batch of {batch}"
+            raise ConfigError(
+                f"{which} is not a multiple of micro_batch_sequences={config.micro_batch_sequences} "
+                f"x {layout.data_parallel_size} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, batch // unit * unit)}"
+                f" and {(batch // unit + 1) * unit}"
+            )

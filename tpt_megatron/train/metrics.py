@@ -13,8 +13,11 @@ from typing import IO, Any
 
 import orjson
 
+from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import parse_json_line, read_lines, write_text
+from tpt_megatron.mcore.machine import device_name, memory_bytes
+from tpt_megatron.train.flops import flops_per_token, peak_tflops
 
 
 class MetricsFile:
@@ -25,12 +28,20 @@ class MetricsFile:
 
     def __init__(self, path: Path | None, first_step: int) -> None:
         self._file: IO[bytes] | None = None
-        if path is None:
+        self._path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.take_back(first_step)
+
+    def take_back(self, last_step: int) -> None:
+        """Cut off the lines of the steps after `last_step`."""
+        if self._path is None:
             return
-        if path.exists():
-            _cut_after(path, first_step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+        if self._file is not None:
+            self._file.close()
+        if self._path.exists():
+            _cut_after(self._path, last_step)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; a value that is not finite is written as a string, since JSON has no NaN."""
@@ -51,6 +62,28 @@ class MetricsFile:
         self.sync()
         if self._file is not None:
             self._file.close()
+
+
+class Speed:
+    """How fast a step was, and how much of the machine's promise that is."""
+
+    def __init__(self, config: TrainConfig, world_size: int) -> None:
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._world_size = world_size
+        precision = config.precision if config.fp8 == "none" else "fp8"
+        self._peak_tflops = config.watch.peak_tflops or peak_tflops(device_name(), precision)
+
+    def metrics(self, tokens: int, places: int, seconds: float) -> dict[str, float]:
+        """Return a step's speed. tokens: those that were learned from; places: of tokens in its sequences, padding among them.
+
+        model_tflops_per_gpu follows the convention of `flops.py`, over all places; on a CPU a rank stands for a GPU. mfu is its part of what
+        the chip's data sheet promises, where that is known.
+        """
+        tflops = places * self._flops_per_token / seconds / self._world_size / 1e12
+        speed = {"tokens_per_second": tokens / seconds, "tokens_per_second_per_gpu": tokens / seconds / self._world_size, "model_tflops_per_gpu": tflops}
+        if self._peak_tflops is not None:
+            speed["mfu"] = tflops / self._peak_tflops
+        return speed | {"memory_gb": memory_bytes() / 1e9}
 
 
 def _cut_after(path: Path, first_step: int) -> None:

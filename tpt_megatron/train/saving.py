@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,20 @@ from tpt_megatron.train.data import RunData
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Position:
+    """How far a run is: what, beside model and optimizer, a checkpoint must know.
+
+    passed_over  sequences that are not read, since the run went back and on with later ones
+    norms        what `StepGuard` remembers
+    """
+
+    step: int = 0
+    tokens_seen: int = 0
+    passed_over: int = 0
+    norms: list[float] = field(default_factory=list)
+
+
 class Saving:
     """The checkpoints of one run, under run_dir/checkpoints."""
 
@@ -29,20 +44,20 @@ class Saving:
         self._checkpoints = config.run_dir / "checkpoints"
         self._writer = CheckpointWriter(engine, self._checkpoints, self._discard_others)
 
-    def resume(self) -> tuple[int, int]:
-        """Load what there is to continue from and return the number of steps done and the tokens that they saw."""
+    def resume(self) -> Position:
+        """Load what there is to continue from, and return where that is."""
         step = latest_step(self._checkpoints)
         if step is None:
             chosen = self._config.checkpoint
             if chosen.load_from is not None:
                 self._load(chosen.load_from, weights_only=chosen.load == "weights")
-            return 0, 0
+            return Position()
         folder = iteration_folder(self._checkpoints, step)
         description = self._load(folder)
         if description["step"] != step:
             raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}; {way_out(folder, resuming=True)}")
         log.info("%s: continuing after step %d", self._config.run_dir, step)
-        return step, int(description["tokens_seen"])
+        return Position(step, int(description["tokens_seen"]), int(description.get("passed_over", 0)), list(description.get("gradient_norms", [])))
 
     def _load(self, folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
         resuming = folder.parent == self._checkpoints
@@ -64,19 +79,23 @@ class Saving:
         return description
 
     def _data_fingerprint(self) -> dict[str, Any]:
-        return {**self._data.train.stream.fingerprint(), "global_batch_sequences": self._config.global_batch_sequences}
+        ramp = self._config.batch_ramp
+        batches = {"global_batch_sequences": self._config.global_batch_sequences, "batch_ramp": None if ramp is None else ramp.model_dump()}
+        return {**self._data.train.stream.fingerprint(), **batches}
 
-    def save(self, step: int, tokens_seen: int, validation_loss: float | None) -> None:
-        """Write a checkpoint of what the engine holds after `step`, and make it the latest: now, or behind training's back."""
+    def save(self, position: Position, validation_loss: float | None) -> None:
+        """Write a checkpoint of what the engine holds, and make it the latest: now, or behind training's back."""
         config, datasets = self._config, self._data.datasets
         path, details = next(((path, dataset.details) for path, dataset in datasets.items() if dataset.details is not None), ("", None))
         keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
         tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
         beside = {name: sidecar(Path(path or config.data.train_paths[0]), name) for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
         self._writer.save(
-            step,
+            position.step,
             {
-                "tokens_seen": tokens_seen,
+                "tokens_seen": position.tokens_seen,
+                "passed_over": position.passed_over,
+                "gradient_norms": position.norms,
                 "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
                 "model": config.model.model_dump(mode="json"),
                 "sequence_length": config.data.sequence_length,
