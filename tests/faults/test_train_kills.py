@@ -3,12 +3,13 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -16,9 +17,46 @@ import pytest
 from tests.support.tensors import assert_same_tensors
 from tpt_megatron.checkpoints import damages, finished_steps, iteration_folder, latest_step, read_checksums
 
-GROUP_KILLS, RANK_KILLS = 10, 5  # the latter twice
-TRAINING_S, SAVING_S = 1.5, 0.1
+GROUP_KILLS, RANK_KILLS = 16, 4
+TRAINING_S, SAVING_S = 2.0, 0.15
 """How long after a start, or after a save was seen to begin, a kill comes at most."""
+
+
+class WarmRanks:
+    """A process from which two ranks start at once (warm_ranks.py)."""
+
+    def __init__(self, stderr: Path) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("warm_ranks.py"))]
+        with open(stderr, "ab") as said:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True
+            )
+
+    def start(self, *arguments: str) -> list[psutil.Process]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._process.stdin.write(json.dumps({"arguments": arguments, "port": port}) + "\n")
+        self._process.stdin.flush()
+        return [psutil.Process(process) for process in json.loads(self._process.stdout.readline())]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end(self._process)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process and all that it started, whatever has gone wrong."""
+    family = [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
+    for member in family:
+        member.kill()
+    process.wait(30)
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 class Run:
@@ -38,47 +76,45 @@ class Run:
         }
         folder.mkdir(exist_ok=True)
         self.config.write_text(json.dumps(config))  # JSON is YAML
-        self.kills = self.within_saves = 0
+        self.kills = self.within_saves = self.writers_seen = 0
 
-    def start(self, *overrides: str, restarts: int = 0) -> subprocess.Popen[bytes]:
+    def torchrun(self, *overrides: str, restarts: int) -> subprocess.Popen[bytes]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
         command = [*torchrun, "-m", "tpt_megatron.cli", "train", str(self.config), *overrides]
-        with open(self.folder.parent / "stderr", "ab") as stderr:
+        with open(self.folder.parent.parent / "stderr", "ab") as stderr:
             return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=stderr, stderr=stderr)
 
-    def finish(self, *overrides: str) -> None:
-        assert self.start(*overrides).wait(120) == 0, self.said()
-
     def said(self) -> str:
-        return (self.folder.parent / "stderr").read_text(errors="replace")[-4000:]
+        return (self.folder.parent.parent / "stderr").read_text(errors="replace")[-4000:]
 
     def sessions(self) -> int:
         path = self.folder / "run.json"
         return len(json.loads(path.read_text())["sessions"]) if path.exists() else 0
 
-    def wait_for_moment(self, agent: subprocess.Popen[bytes], sessions: int) -> None:
+    def wait_for_moment(self, process: psutil.Process, sessions: int) -> None:
         """Return at a moment to kill: of any kind, or while a save is under way, in every third round."""
-        self.wait_until(agent, lambda: self.sessions() > sessions)
+        self.wait_until(process, lambda: self.sessions() > sessions)
         if self.kills % 3 == 0:
-            self.wait_until(agent, lambda: any(self.checkpoints.glob(".iter_*.tmp")))
+            self.wait_until(process, lambda: any(self.checkpoints.glob(".iter_*.tmp")))
             time.sleep(random.uniform(0, SAVING_S))
         else:
             time.sleep(random.uniform(0, TRAINING_S))
 
-    def wait_until(self, agent: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    def wait_until(self, process: psutil.Process, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not ready():
-            assert agent.poll() is None, self.said()
+            assert process.is_running() and process.status() != psutil.STATUS_ZOMBIE, self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.002)
 
-    def killed(self, processes: list[psutil.Process], others: Sequence[psutil.Process] = ()) -> None:
+    def kill(self, trainers: list[psutil.Process], others: Sequence[psutil.Process] = ()) -> None:
         """Kill these, and see that the writers of checkpoints that they forked die with them, without being killed. `others` end by themselves."""
-        writers = [child for process in processes if self.is_trainer(process) for child in process.children(recursive=True)]
-        for process in processes:
-            process.kill()
+        writers = [child for trainer in trainers for child in trainer.children(recursive=True)]
+        for trainer in trainers:
+            trainer.kill()
         self.kills += 1
-        _, alive = psutil.wait_procs(writers, timeout=2)
+        self.writers_seen += len(writers)
+        _, alive = psutil.wait_procs([*writers, *trainers], timeout=2)
         assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], "a writer outlived its trainer"
         _, alive = psutil.wait_procs(others, timeout=60)
         assert not alive, "the other rank did not end"
@@ -86,13 +122,6 @@ class Run:
         for step in finished_steps(self.checkpoints):
             folder = iteration_folder(self.checkpoints, step)
             assert damages(folder, read_checksums(folder) or pytest.fail(f"{folder} has no checksums")) == []
-
-    @staticmethod
-    def is_trainer(process: psutil.Process) -> bool:
-        return "tpt_megatron.cli" in process.cmdline() and "torch.distributed.run" not in process.cmdline()
-
-    def trainers(self, agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        return [child for child in psutil.Process(agent.pid).children() if self.is_trainer(child)]
 
     def metrics(self) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -114,31 +143,35 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, datasets: Path) -> None:
     seed = random.randrange(2**32)
     print("seed", seed)  # of the moments, as far as they are ours to choose
     random.seed(seed)
-    run = Run(tmp_path / "killed", datasets)
-    for number in range(GROUP_KILLS):
-        sessions, agent = run.sessions(), run.start(f"checkpoint.asynchronous={'true' if number % 2 else 'false'}")
-        run.wait_for_moment(agent, sessions)
-        run.killed([psutil.Process(agent.pid), *run.trainers(agent)])
-        agent.wait()
-    for asynchronous in ("true", "false"):  # one rank is killed, and torchrun starts both again by itself
-        sessions, agent = run.sessions(), run.start(f"checkpoint.asynchronous={asynchronous}", restarts=RANK_KILLS)
-        for number in range(RANK_KILLS):
-            run.wait_for_moment(agent, sessions + number)
-            trainers = run.trainers(agent)
-            assert len(trainers) == 2
-            random.shuffle(trainers)
-            run.killed(trainers[:1], trainers[1:])
-        run.wait_until(agent, lambda sessions=sessions: run.sessions() > sessions + RANK_KILLS)
-        run.killed([psutil.Process(agent.pid), *run.trainers(agent)])
-        agent.wait()
-
-    last = (latest_step(run.checkpoints) or 0) + 3
-    run.finish(f"steps={last}")
-    unbroken = Run(tmp_path / "unbroken", datasets)
-    unbroken.finish(f"steps={last}", "checkpoint.every_steps=0")
-    print(f"{run.kills} kills, {run.within_saves} within saves, {run.sessions()} starts, {last} steps")
-    assert run.kills >= 20
-    assert run.within_saves >= 5
+    run, unbroken = Run(tmp_path / "killed", datasets), Run(tmp_path / "unbroken", datasets)
+    with WarmRanks(tmp_path / "stderr") as warm:
+        for number in range(GROUP_KILLS):  # all ranks at once
+            sessions = run.sessions()
+            ranks = warm.start(str(run.config), f"checkpoint.asynchronous={'true' if number % 2 else 'false'}")
+            run.wait_for_moment(ranks[0], sessions)
+            run.kill(ranks)
+        kill_single_ranks(run)
+        last = (latest_step(run.checkpoints) or 0) + 3
+        for one, overrides in ((run, ()), (unbroken, ("checkpoint.every_steps=0",))):
+            psutil.wait_procs(warm.start(str(one.config), f"steps={last}", *overrides), timeout=120)
+            assert latest_step(one.checkpoints) == last, one.said()
+    print(f"{run.kills} kills, {run.within_saves} within saves, {run.writers_seen} writers died with them, {run.sessions()} starts, {last} steps")
+    assert run.kills == 20
+    assert run.within_saves >= 6
     assert run.metrics() == unbroken.metrics()
     assert_same_tensors(run.folder, unbroken.folder)
     assert not list(run.checkpoints.glob(".*"))
+
+
+def kill_single_ranks(run: Run) -> None:
+    """Kill one rank of two, again and again, while torchrun starts both again by itself."""
+    sessions, torchrun = run.sessions(), run.torchrun("checkpoint.asynchronous=true", restarts=RANK_KILLS)
+    try:
+        agent = psutil.Process(torchrun.pid)
+        for number in range(RANK_KILLS):
+            run.wait_for_moment(agent, sessions + number)
+            first, second = random.sample(agent.children(), 2)
+            run.kill([first], [second])
+        run.wait_until(agent, lambda: run.sessions() > sessions + RANK_KILLS)
+    finally:
+        end(torchrun)

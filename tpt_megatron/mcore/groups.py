@@ -61,7 +61,7 @@ def join(parallel: ParallelConfig) -> Layout:
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, store=_store_of_this_attempt(), rank=int(os.environ["RANK"]), world_size=world_size)
     parallel_state.initialize_model_parallel(
         parallel.tensor_parallel,
         parallel.pipeline_parallel,
@@ -76,6 +76,17 @@ def join(parallel: ParallelConfig) -> Layout:
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """Return the store in which ranks find each other, without what an attempt before left in it.
+
+    torchrun's agent keeps one store over all restarts (pytorch issue 135712), where a rank that it restarted would find the addresses of the dead.
+    It counts restarts on each node apart, so that only the ranks of one node can tell attempts apart by that; docs/train.md says what helps on several.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    on_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if on_one_node else store
 
 
 def leave() -> None:
