@@ -191,10 +191,9 @@ def test_a_checkpoint_without_checksums_still_loads(tmp_path: Path, datasets: Pa
 def test_retention_deletes_what_need_not_be_kept_and_the_best_survives_a_restart(tmp_path: Path, datasets: Path) -> None:
     data = {"train": str(datasets / "datasets/append/train"), "validation": str(datasets / "other/append/train"), "sequence_length": 32}
     rules = {"every_steps": 1, "keep_last": 2, "keep_every_steps": 5, "keep_best": 1}
-    # A learning rate that makes it worse after a while: the best is in the middle.
-    config = write_config(tmp_path, datasets, data=data, checkpoint=rules, validate_every_steps=1, steps=8, optimizer={"learning_rate": 0.05})
-    for steps in (8, 14):
-        ended = train(config, f"steps={steps}")
+    config = write_config(tmp_path, datasets, data=data, checkpoint=rules, validate_every_steps=1)
+    for steps, rate in ((8, 0.01), (13, 1.0)):  # the second rate makes it worse
+        ended = train(config, f"steps={steps}", f"optimizer.learning_rate={rate}")
         assert ended.returncode == 0, ended.stderr[-3000:]
         lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
         losses_by_step = {line["step"]: line["validation_loss"] for line in lines}
@@ -202,7 +201,7 @@ def test_retention_deletes_what_need_not_be_kept_and_the_best_survives_a_restart
         expected = {best, *range(5, steps + 1, 5), steps - 1, steps}
         found = {int(path.name.removeprefix("iter_")) for path in (tmp_path / "run" / "checkpoints").glob("iter_*")}
         assert found == expected
-    assert best < 8, "the best is not of before the restart: nothing was tested"
+    assert best <= 8, "the best is not of before the restart: nothing was tested"
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
@@ -224,13 +223,12 @@ def test_a_run_may_start_from_weights_alone_with_a_fresh_optimizer(tmp_path: Pat
     assert found["all"].read(moments).sum() > 3 * found["weights"].read(moments).sum(), "the optimizer was not fresh"
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_bf16_resumes_bit_for_bit_and_writing_behind_its_back_changes_nothing(tmp_path: Path, datasets: Path, asynchronous: bool) -> None:
+def test_bf16_resumes_bit_for_bit_and_writing_behind_its_back_changes_nothing(tmp_path: Path, datasets: Path) -> None:
     model = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 2, "num_query_groups": 2}
     folders = [tmp_path / name for name in ("unbroken", "stopped")]
-    for folder, stops in zip(folders, ([4], [1, 3, 4]), strict=True):
+    for folder, stops in zip(folders, ([4], [1, 4]), strict=True):
         folder.mkdir()
-        config = write_config(folder, datasets, model=model, precision="bf16", checkpoint={"every_steps": 1, "asynchronous": asynchronous})
+        config = write_config(folder, datasets, model=model, precision="bf16", checkpoint={"every_steps": 1, "asynchronous": len(stops) > 1})
         for steps in stops:
             ended = train(config, f"steps={steps}")
             assert ended.returncode == 0, ended.stderr[-3000:]
