@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from tpt_megatron.config.parallel import ParallelConfig
 from tpt_megatron.errors import ConfigError
@@ -78,15 +80,15 @@ def join(parallel: ParallelConfig) -> Layout:
     )
 
 
-def _store_of_this_attempt() -> dist.Store:
+def _store_of_this_attempt() -> Store:
     """Return the store in which ranks find each other, without what an attempt before left in it.
 
     torchrun's agent keeps one store over all restarts (pytorch issue 135712), where a rank that it restarted would find the addresses of the dead.
     It counts restarts on each node apart, so that only the ranks of one node can tell attempts apart by that; docs/train.md says what helps on several.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://"))
     on_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if on_one_node else store
+    return PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if on_one_node else store
 
 
 def leave() -> None:
