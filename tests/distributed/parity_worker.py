@@ -39,7 +39,7 @@ def main() -> None:
     layout = groups.join(config.parallel)
     engine = Engine(config, KINDS)
     if job["load"]:
-        load_checkpoint(engine, Path(job["load"]), "")
+        load_checkpoint(engine, Path(job["load"]), "", weights_only=job["first"] == 1)
     lines = []
     for step in range(job["first"], job["last"] + 1):
         if job["save_before"] == step:

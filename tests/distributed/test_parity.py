@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pipeline_parallel": 2}),
     "TP2·PP2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     "DP2": (2, {}),
+    "DP2, plain optimizer": (2, {"distributed_optimizer": False}),
     "DP2, overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "interleaved PP2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "CP2": (2, {"context_parallel": 2}),

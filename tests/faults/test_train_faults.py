@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.metrics import learned
 from tests.support.tensors import assert_same_tensors
 from tpt_megatron.config.load import load_config
 from tpt_megatron.config.train import TrainConfig
@@ -270,11 +271,7 @@ def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(t
     ended = train(config)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
-    def metrics() -> list[dict[str, Any]]:
-        lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-        return [{key: value for key, value in line.items() if key not in ("step_time_s", "tokens_per_second")} for line in lines]
-
-    unbroken = metrics()
+    unbroken = learned(tmp_path / "run")
     validated = {f"{name}/{of}" for name in ("validation_loss", "validation_loss_document", "validation_loss_thinking") for of in ("one", "other")}
     assert [{*line} & validated for line in unbroken] == [set(), validated, set(), validated]
     loaded = load_config(TrainConfig, str(config))
@@ -284,7 +281,7 @@ def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(t
     assert labels[-1] < 16 * 128
     rewind(tmp_path, 2)
     assert train(config).returncode == 0
-    assert metrics() == unbroken
+    assert learned(tmp_path / "run") == unbroken
     shown = subprocess.run(
         [sys.executable, "-m", "tpt_megatron.cli", "inspect", str(tmp_path / "run"), "--step", "3"], capture_output=True, text=True, check=True
     )

@@ -14,6 +14,7 @@ from typing import Any, Self
 import psutil
 import pytest
 
+from tests.support.metrics import learned
 from tests.support.tensors import assert_same_tensors
 from tpt_megatron.checkpoints import damages, finished_steps, iteration_folder, latest_step, read_checksums
 
@@ -124,8 +125,7 @@ class Run:
             assert damages(folder, read_checksums(folder) or pytest.fail(f"{folder} has no checksums")) == []
 
     def metrics(self) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key not in ("step_time_s", "tokens_per_second")} for line in lines]
+        return learned(self.folder)
 
 
 @pytest.fixture(scope="module")

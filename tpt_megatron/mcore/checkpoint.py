@@ -217,8 +217,14 @@ def load_checkpoint(engine: Engine, folder: Path, way_out: str, *, weights_only:
     if weights_only:
         engine.optimizer.reload_model_params()  # its own copies of them, where it has any
         return
-    with torch.no_grad():
-        engine.optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        with torch.no_grad():
+            engine.optimizer.load_state_dict(loaded["optimizer"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its optimizer's state does not fit this layout's ({error}); set parallel.distributed_optimizer and parallel.expert_parallel "
+            "as they were, or begin another run with checkpoint.load_from and checkpoint.load=weights"
+        ) from error
 
 
 def _verify(folder: Path, way_out: str) -> None:
