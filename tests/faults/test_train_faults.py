@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -288,6 +290,82 @@ def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(t
     rows = [line.split() for line in shown.stdout.splitlines() if "/append/train" in line]
     assert {int(row[1]) for row in rows} == {8, 9, 10, 11}
     assert all(row[0] == other for row in rows if int(row[1]) >= 10)
+
+
+USUAL, ODD = 400, 12
+
+
+@pytest.fixture(scope="module")
+def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of documents that are soon learned, and at its end of some that are like nothing else."""
+    root, letters = tmp_path_factory.mktemp("spiky"), random.Random(1)
+    texts = ["abababab" * 8] * USUAL + ["".join(map(chr, letters.choices(range(33, 127), k=64))) for _ in range(ODD)]
+    (root / "documents.jsonl").write_text("".join(json.dumps({"text": text, "thoughts": []}) + "\n" for text in texts))
+    (root / "preprocess.yaml").write_text(f"input: {root}/documents.jsonl\noutput: {root}/datasets\ntokenizer: byte\narms: [vanilla]\n")
+    subprocess.run([sys.executable, "-m", "tpt_megatron.cli", "preprocess", str(root / "preprocess.yaml")], check=True, capture_output=True)
+    return root / "datasets/vanilla/train"
+
+
+def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: Path, datasets: Path, spiky: Path) -> None:
+    data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 3}
+    config = write_config(tmp_path, datasets, data=data, faults=faults, steps=60, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 3e-3})
+    ended = train(config)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = learned(tmp_path / "run")
+    skipped = {line["step"]: line["skipped"] for line in lines if "skipped" in line}
+    assert skipped, "nothing was skipped: nothing was tested"
+    assert all("times the median of the last" in reason for reason in skipped.values())
+    records = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert {record["step"]: record["reason"] for record in records} == skipped
+    assert all(any(seen["document"] >= USUAL for seen in record["documents"]) for record in records)
+    assert all(f"step {step} is not learned from: {reason}" in ended.stderr for step, reason in skipped.items())
+    resumed_at = max(skipped) // 10 * 10
+    rewind(tmp_path, resumed_at)
+    assert train(config).returncode == 0
+    assert learned(tmp_path / "run") == lines
+
+
+def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path, datasets: Path, spiky: Path) -> None:
+    data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 3, "skips_in_a_row": 1}
+    config = write_config(tmp_path, datasets, data=data, faults=faults, steps=400, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 3e-3})
+    ended = train(config)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "after 1 rollback(s); lower optimizer.learning_rate, or look at the documents in skipped.jsonl" in ended.stderr
+    first, second = (json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines())
+    back = first["step"] // 10 * 10
+    assert f"back to step {back}, and on with the data after step {first['step']}" in ended.stderr
+    lines = learned(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, second["step"] + 1))
+    assert lines[back]["first_sequence"] == first["sequences"][1]
+    assert second["sequences"][0] == 4 * (second["step"] - 1) + 4 * (first["step"] - back)
+    # Another start goes on from the last checkpoint, which remembers what was passed over.
+    saved = second["step"] // 10 * 10
+    assert train(config, f"steps={saved + 1}", "faults.spike_factor=null").returncode == 0
+    again = learned(tmp_path / "run")[-1]
+    assert (again["step"], again["first_sequence"]) == (saved + 1, 4 * saved + 4 * (first["step"] - back))
+
+
+def test_a_stalled_rank_is_found_and_ends_the_job(tmp_path: Path, datasets: Path) -> None:
+    config = write_config(tmp_path, datasets, steps=100_000, faults={"stall_seconds": 8})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tpt_megatron.cli", "train", str(config)]
+    process = subprocess.Popen(torchrun, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.05)
+    stalled, other = psutil.Process(process.pid).children()
+    stalled.suspend()  # as a rank whose machine hangs: it can say nothing itself
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 1
+    written = list((tmp_path / "run/stalls").iterdir())
+    assert len(written) == 1  # of the rank that waits; the other one has no turn to write
+    assert "took more than 8 s" in written[0].read_text()
+    assert "all_reduce" in written[0].read_text()
+    assert "took more than faults.stall_seconds=8; its stacks are in" in stderr
+    psutil.wait_procs([stalled, other], timeout=30)
 
 
 def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Path, unbroken: Path) -> None:

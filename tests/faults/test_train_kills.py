@@ -163,6 +163,24 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, datasets: Path) -> None:
     assert not list(run.checkpoints.glob(".*"))
 
 
+def test_ranks_end_with_their_torchrun(tmp_path: Path, datasets: Path) -> None:
+    run = Run(tmp_path / "orphaned", datasets)
+    torchrun = run.torchrun(restarts=0)
+    agent = psutil.Process(torchrun.pid)
+    ranks: list[psutil.Process] = []
+    try:
+        run.wait_until(agent, lambda: run.sessions() > 0)
+        ranks = agent.children()
+        torchrun.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=20)
+        assert not alive, "they train on"
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+        end(torchrun)
+
+
 def kill_single_ranks(run: Run) -> None:
     """Kill one rank of two, again and again, while torchrun starts both again by itself."""
     sessions, torchrun = run.sessions(), run.torchrun("checkpoint.asynchronous=true", restarts=RANK_KILLS)

@@ -44,7 +44,8 @@ def run_demo(output: Path, steps: int = STEPS) -> None:
     """
     _claim(output, f"{DOCUMENTS} documents, {PROBLEMS} problems, seed {SEED}, {steps} steps\n")
     interval = max(1, steps // CHECKPOINTS)
-    schedule = (f"steps={steps}", f"checkpoint.every_steps={interval}", f"validate_every_steps={interval}", f"optimizer.warmup_steps={min(50, steps // 10)}")
+    every = (f"checkpoint.every_steps={interval}", f"validate_every_steps={interval}", f"watch.log_every_steps={interval}")
+    schedule = (f"steps={steps}", *every, f"optimizer.warmup_steps={min(50, steps // 10)}")
     began = time.monotonic()
     console.print("[bold]Thinking-augmented pretraining, small:[/] two arms, the same documents, equal training tokens. Some minutes on two cores.")
     documents, problems, tokenizer = output / "documents.jsonl", output / "problems.jsonl", output / "tokenizer.json"

@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from tpt_megatron.config.parallel import ParallelConfig
 from tpt_megatron.errors import ConfigError
+from tpt_megatron.processes import die_with_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ def join(parallel: ParallelConfig) -> Layout:
     """
     for key, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, alone)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())  # torchrun's agent, which, killed, would leave its ranks to go on
     world_size = int(os.environ["WORLD_SIZE"])
     check_world(parallel, world_size)
     if torch.cuda.is_available():
