@@ -22,11 +22,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 many = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL gives each rank its own")
 
 
+DATA = {"train": "unused", "sequence_length": 32, "loss_weights": {"document": 0.3}}  # as the worker weighs its labels
+
+
 def job_config(**changes: Any) -> dict[str, Any]:
     return {
         "run_dir": "unused",
         "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 192, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64},
-        "data": {"train": "unused", "sequence_length": 32},
+        "data": DATA,
         "optimizer": {"learning_rate": 3e-3},
         "steps": STEPS,
         "global_batch_sequences": 8,
@@ -77,7 +80,7 @@ def assert_near(found: list[dict[str, float]], expected: list[dict[str, float]],
 @pytest.mark.parametrize("attention", ["document", "sequence"])
 def test_bf16_learns_what_a_cpu_learns_in_fp32(tmp_path: Path, reference: tuple[Path, list[dict[str, float]]], attention: str) -> None:
     initial, expected = reference
-    config = job_config(precision="bf16", data={"train": "unused", "sequence_length": 32, "attention": attention})
+    config = job_config(precision="bf16", data=DATA | {"attention": attention})
     if attention == "sequence":
         other = config | {"precision": "fp32"}
         expected = losses(tmp_path / "cpu", other, on_cpu=True, load=str(initial))
@@ -115,7 +118,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @many
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_agree_with_one_gpu(tmp_path: Path, reference: tuple[Path, list[dict[str, float]]], name: str) -> None:
-    data = {"train": "unused", "sequence_length": 32, "attention": "sequence"}  # CP2 knows no other on CUDA
+    data = DATA | {"attention": "sequence"}  # CP2 knows no other on CUDA
     alone = losses(tmp_path / "one", job_config(precision="bf16", data=data), load=str(reference[0]))
     found = losses(tmp_path / "two", job_config(precision="bf16", data=data, parallel=LAYOUTS[name]), ranks=2, load=str(reference[0]))
     assert_near(found, alone, BF16)
