@@ -88,7 +88,11 @@ def whole_folder(path: Path, do: Callable[[Callable[[], None]], object] = lambda
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
 
+    is_begun = False
+
     def give_name() -> None:
+        nonlocal is_begun
+        is_begun = True
         try:
             sync_tree(temporary)
             os.rename(temporary, path)
@@ -101,7 +105,12 @@ def whole_folder(path: Path, do: Callable[[Callable[[], None]], object] = lambda
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    do(give_name)
+    try:
+        do(give_name)
+    except BaseException:
+        if not is_begun:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def sync_tree(folder: Path) -> None:

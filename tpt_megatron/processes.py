@@ -87,9 +87,13 @@ class WorkerProcesses:
         alive = [process.sentinel for process in self._processes if process.is_alive()]
         if alive:  # for nothing at all it would wait, too
             wait(alive, timeout=seconds)
-        if self._stopped or any(process.exitcode for process in self._processes):
+        if self.are_ending():
             self._end()
         return bool(alive)
+
+    def are_ending(self) -> bool:
+        """Say whether a signal came, or one of them has failed: what they do is not going to be finished."""
+        return self._stopped or any(process.exitcode for process in self._processes)
 
     def check(self) -> None:
         """Raise Stopped after a signal to this process or to one of them, and TptError when one failed or was killed by itself."""

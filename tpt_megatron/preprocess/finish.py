@@ -49,10 +49,15 @@ class Joining:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        if error is not None:
-            for join in self._joins.values():
-                join.discard()
+        is_over = False
+        try:
+            self._pool.shutdown(cancel_futures=True)
+            is_over = error is None
+        finally:
+            if not is_over:  # a second signal, too, must leave no thread at work
+                self._pool.shutdown()
+                for join in self._joins.values():
+                    join.discard()
 
     def add_next_finished(self) -> bool:
         """Join the next piece if it is finished and can be joined; say whether it was."""
@@ -61,7 +66,9 @@ class Joining:
         folder = self._config.output / "pieces" / self._plan.pieces[self._joined].name
         if not folder.is_dir():
             return False
-        self._add(FinishedPiece.read(folder), None)
+        piece = FinishedPiece.read(folder)
+        _check_is_of(piece, self._plan.fingerprint(), self._arms)
+        self._add(piece, None)
         return True
 
     def close(self, pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]] | None) -> dict[tuple[Arm, str], JoinedDataset]:
@@ -148,10 +155,7 @@ def _all_pieces(plan: Plan, arms: Sequence[Arm], folders: Sequence[Path]) -> lis
             missing.append(piece.name)
             continue
         finished = FinishedPiece.read(here[0])
-        if finished.plan != fingerprint:
-            raise DataError(f"{here[0]}: of another run than plan.json; run its shard again")
-        if not set(arms) <= set(finished.arms):
-            raise DataError(f"{here[0]}: lacks the arms {sorted(set(arms) - set(finished.arms))}; run its shard again with the arms of the others")
+        _check_is_of(finished, fingerprint, arms)
         if stamps.setdefault((here[0].parent, piece.file), finished.input_stamp) != finished.input_stamp:
             raise DataError(f"{plan.inputs[piece.file][0]}: has changed between the shards of {here[0].parent.parent}; run them again")
         found.append(finished)
@@ -159,6 +163,14 @@ def _all_pieces(plan: Plan, arms: Sequence[Arm], folders: Sequence[Path]) -> lis
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise DataError(f"{len(missing)} of {len(plan.pieces)} pieces are missing ({listed}); run the shards that are not finished, or name their folders")
     return found
+
+
+def _check_is_of(piece: FinishedPiece, fingerprint: str, arms: Sequence[Arm]) -> None:
+    """Raise DataError for a piece of another run, or one that lacks an arm."""
+    if piece.plan != fingerprint:
+        raise DataError(f"{piece.folder}: of another run than plan.json; run its shard again")
+    if not set(arms) <= set(piece.arms):
+        raise DataError(f"{piece.folder}: lacks the arms {sorted(set(arms) - set(piece.arms))}; run its shard again with the arms of the others")
 
 
 @contextmanager

@@ -1,10 +1,12 @@
-"""Joining the parts of a token dataset, by copying their bytes in order: neither tokens nor index are held in memory."""
+"""Joining the parts of a token dataset, by copying their bytes in order: a block at a time, and a few numbers a sequence of one part at most."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,9 +22,11 @@ from tpt_megatron.files import FileEntry, temporary_neighbour
 from tpt_megatron.preprocess.dataset import COLUMNS, ROWS_PER_GROUP, RUN, SourceNumbers, TokenCounts
 from tpt_megatron.storage import sync_folder
 
+logger = logging.getLogger(__name__)
 COPIED_AT_ONCE = 4 << 20  # bytes
 SENT_AT_ONCE = 32 << 20  # bytes
 NUMBERS_AT_ONCE = 1 << 20
+RUNS_AT_ONCE = 1 << 16
 _SCHEMA = pa.schema([*COLUMNS, pa.field("offset", pa.int64(), nullable=False)])
 _MARKS = {part: memoryview(bytes([part]) * NUMBERS_AT_ONCE) for part in (PART_DOCUMENT, PART_THINKING)}
 
@@ -112,8 +116,12 @@ class _Hashed:
 
     def abandon(self) -> None:
         """Close and remove, unless it has its name already."""
-        self._file.close()
-        self.temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        except OSError:  # on a full disk what is buffered cannot be written
+            logger.debug("%s: abandoned with data that could not be written", self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)
 
 
 class DatasetJoin:
@@ -127,10 +135,16 @@ class DatasetJoin:
         self._prefix, self._dtype = prefix, dtype
         self._parts: list[Part] = []
         self._names, self._counts = SourceNumbers(), TokenCounts()
-        endings = ("bin", "parts.bin", "sources.bin", "documents.parquet", "idx", tokenizer_file)
-        self._files = {ending: _Hashed(sidecar(prefix, ending)) for ending in endings}
+        self._files: dict[str, _Hashed] = {}
+        try:
+            for ending in ("bin", "parts.bin", "sources.bin", "documents.parquet", "idx", tokenizer_file):
+                self._files[ending] = _Hashed(sidecar(prefix, ending))
+            self._files[tokenizer_file].write(tokenizer_bytes)
+        except BaseException:
+            for file in self._files.values():
+                file.abandon()
+            raise
         self._table = _Table(self._files["documents.parquet"], self._counts)
-        self._files[tokenizer_file].write(tokenizer_bytes)
 
     def steps(self, part: Part, *, is_only: bool) -> list[Callable[[], None]]:
         """Return what appends a part: calls that may run side by side, all of which must be done before the next part's.
@@ -146,8 +160,9 @@ class DatasetJoin:
                 _copy(source, target, _kept_ranges(part.stem, mask), self._dtype.itemsize)
 
         def others() -> None:
-            for marks in _marks(_kept_runs(part.stem, mask)):
-                self._files["parts.bin"].write(marks)
+            for runs in _kept_runs(part.stem, mask):
+                for marks in _marks(runs):
+                    self._files["parts.bin"].write(marks)
             _copy_sources(part, mask, self._names, self._files["sources.bin"])
             self._table.copy(part.stem, mask)
 
@@ -219,35 +234,37 @@ def _copy(source: Path, target: _Hashed, ranges: list[tuple[int, int]] | None, i
 
 def _forget_cached(file: IO[bytes], begin: int, end: int) -> None:
     """Tell the system that nobody reads these bytes soon: it drops those that are on the disk, and begins to write those that are not."""
-    if hasattr(os, "posix_fadvise"):
+    with suppress(AttributeError, OSError):  # advice: where nobody takes it, nothing is lost
         os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
-def _kept_runs(stem: Path, mask: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
-    """Return the runs (RUN) of the sequences that stay."""
-    runs = np.fromfile(sidecar(stem, "runs.bin"), RUN)
-    if mask is None:
-        return runs
-    sequence_ends = np.cumsum(np.fromfile(sidecar(stem, "lengths.bin"), np.int32), dtype=np.int64)
-    return runs[mask[np.searchsorted(sequence_ends, np.cumsum(runs["tokens"], dtype=np.int64))]]
+def _kept_runs(stem: Path, mask: npt.NDArray[np.bool_] | None) -> Iterator[npt.NDArray[Any]]:
+    """Yield the runs (RUN) of the sequences that stay, in blocks."""
+    sequence_ends = None if mask is None else np.cumsum(np.fromfile(sidecar(stem, "lengths.bin"), np.int32), dtype=np.int64)
+    at = 0
+    with open(sidecar(stem, "runs.bin"), "rb") as file:
+        while len(runs := np.fromfile(file, RUN, RUNS_AT_ONCE)):
+            if mask is not None:
+                assert sequence_ends is not None
+                ends = at + np.cumsum(runs["tokens"], dtype=np.int64)
+                at = int(ends[-1])
+                runs = runs[mask[np.searchsorted(sequence_ends, ends)]]
+            if len(runs):
+                yield runs
 
 
-def _marks(runs: npt.NDArray[Any]) -> Iterator[bytes]:
-    """Yield the bytes of PREFIX.parts.bin: the part of each token."""
-    if not len(runs):
-        return
-    first = np.flatnonzero(np.diff(runs["part"], prepend=runs["part"][0] ^ 1))  # of neighbours of one part
-    waiting, held = [], 0
-    for part, tokens in zip(runs["part"][first].tolist(), np.add.reduceat(runs["tokens"].astype(np.int64), first).tolist(), strict=True):
-        while tokens:
-            marks = _MARKS[part][: min(tokens, NUMBERS_AT_ONCE - held)]
-            waiting.append(marks)
-            held += len(marks)
-            tokens -= len(marks)
-            if held == NUMBERS_AT_ONCE:
-                yield b"".join(waiting)
-                waiting, held = [], 0
-    yield b"".join(waiting)
+def _marks(runs: npt.NDArray[Any]) -> Iterator[memoryview]:
+    """Yield the bytes of PREFIX.parts.bin, the part of each token, in blocks."""
+    parts, ends = runs["part"], np.cumsum(runs["tokens"], dtype=np.int64)
+    is_one_part = bool((parts == parts[0]).all())
+    for begin in range(0, int(ends[-1]), NUMBERS_AT_ONCE):
+        stop = min(begin + NUMBERS_AT_ONCE, int(ends[-1]))
+        if is_one_part:
+            yield _MARKS[int(parts[0])][: stop - begin]
+            continue
+        first, last = int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, stop))
+        inside = np.diff(np.clip(ends[first : last + 1], begin, stop), prepend=begin)
+        yield np.repeat(parts[first : last + 1], inside).data
 
 
 def _copy_sources(part: Part, mask: npt.NDArray[np.bool_] | None, names: SourceNumbers, target: _Hashed) -> None:

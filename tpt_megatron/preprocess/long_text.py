@@ -102,7 +102,7 @@ def _string_span(line: bytearray, field: str) -> tuple[int, int] | None:
         head = bytes(line[begin : begin + 64]).lstrip()
         if head.startswith(b":") and (quoted := head[1:].lstrip()).startswith(b'"'):
             begin += len(line[begin : begin + 64]) - len(quoted) + 1
-            end = _closing_quote(line, begin)
+            end = closing_quote(line, begin)
             if end is not None and (found is None or end - begin > found[1] - found[0]):
                 found = begin, end
             at = begin if end is None else end
@@ -111,7 +111,8 @@ def _string_span(line: bytearray, field: str) -> tuple[int, int] | None:
     return found
 
 
-def _closing_quote(line: bytearray, begin: int) -> int | None:
+def closing_quote(line: bytes | bytearray, begin: int) -> int | None:
+    """Return where the string literal ends in which byte `begin` is; None where it does not."""
     at = begin
     while (at := line.find(b'"', at)) != -1:
         backslashes = 0

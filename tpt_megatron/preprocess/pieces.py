@@ -151,7 +151,10 @@ class PieceWorker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._syncing_thread.shutdown()
+        try:
+            self._syncing_thread.shutdown()
+        finally:
+            self._syncing_thread.shutdown()  # a second signal must not leave it at work in a folder that another run may take
         if error is None:
             self._wait()
 
@@ -161,7 +164,7 @@ class PieceWorker:
         Raises OSError for a disk that is full, also when that was found out for the piece before.
         """
         place = locate(self._plan.inputs[piece.file][0])
-        with whole_folder(self._config.output / "pieces" / piece.name, self._do_aside) as folder:
+        with whole_folder(self._config.output / "pieces" / piece.name, self._sync_aside) as folder:
             with ExitStack() as stack:
                 at_work = _PieceAtWork(self, folder, stack)
                 reader = PieceReader(
@@ -192,7 +195,7 @@ class PieceWorker:
             }
             (folder / "piece.json").write_bytes(orjson.dumps(description))
 
-    def _do_aside(self, give_name: Callable[[], None]) -> None:
+    def _sync_aside(self, give_name: Callable[[], None]) -> None:
         self._wait()
         self._syncing = self._syncing_thread.submit(give_name)
 

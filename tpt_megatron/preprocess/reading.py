@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,7 +17,7 @@ import orjson
 from tpt_megatron.bad_records import LineCounts
 from tpt_megatron.errors import RecordError
 from tpt_megatron.files import decompressed, is_compressed, parse_json_line, reading
-from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, StringText, split_long_line
+from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, StringText, closing_quote, split_long_line
 from tpt_megatron.preprocess.plan import Piece
 from tpt_megatron.record_files import read_rows, too_long
 from tpt_megatron.records import AugmentedDocument, FieldNames, read_augmented, text_id
@@ -225,10 +226,6 @@ class _Line:
         """Say whether there is nothing but white space in it."""
         return self.begin == self.end or (self.data[self.begin] in _WHITE_SPACE and bytes(self.view()).isspace())
 
-    def count(self, part: bytes) -> int:
-        """Return how often `part` occurs in it."""
-        return self.data.count(part, self.begin, self.end)
-
 
 class _Lines:
     """Lines of a stream, read in blocks. A line of LONG_LINE bytes or more has a bytearray of its own; of one over `longest` only the beginning is kept."""
@@ -307,31 +304,43 @@ def _spells(refused: str) -> str:
 
 
 @cache
-def _quoted(names: FieldNames) -> tuple[bytes, list[bytes]]:
-    """Return the text's key as it stands in a line, and those of the other fields that are read."""
-    text, *others = (b'"%b"' % name.encode() for name in dict.fromkeys((names.text, names.id, names.source, "thoughts")))
-    return text, others
+def _quoted(names: FieldNames) -> tuple[bytes, list[bytes], re.Pattern[bytes]]:
+    """Return the text's key as it stands in a line, those of the other fields that are read, and what a key spelled otherwise has in it."""
+    read = dict.fromkeys((names.text, names.id, names.source, "thoughts"))
+    text, *others = (b'"%b"' % name.encode() for name in read)
+    escapes = [rb"\\u00[2-7]" if all(name.isascii() for name in read) else rb"\\u", *([rb"\\/"] if any("/" in name for name in read) else [])]
+    return text, others, re.compile(b"|".join(escapes))
+
+
+def _has_each_key_once(line: _Line, document: AugmentedDocument, names: FieldNames) -> bool:
+    """Say whether no key of the record that is read can stand twice, by a look at everything but the text.
+
+    No text can hold a quoted name, since quotes in it are escaped. The text takes at least a byte a character, and comes after all keys of its
+    name: a later one would have given another text.
+    """
+    data, thoughts = line.data, len(document.thoughts)
+    text_key, other_keys, spelled_otherwise = _quoted(names)
+    characters = len(document.document.text)
+    expected = 1 + (thoughts if names.text == "text" else 0)
+    if data.count(text_key, line.begin, line.end if thoughts else line.end - characters) != expected:
+        return False
+    begin = data.find(text_key, line.begin, line.end)
+    if thoughts and data.find(b'"thoughts"', line.begin, line.end) < begin:
+        return False  # the key that was found may be a thought's
+    opening = data.find(b'"', begin + len(text_key), line.end)
+    end = closing_quote(data, opening + 1 + characters)
+    if end is None or spelled_otherwise.search(data, line.begin, begin) or spelled_otherwise.search(data, end, line.end):
+        return False
+    return all(data.count(key, line.begin, begin) + data.count(key, end, line.end) <= 1 for key in other_keys)
 
 
 def _refuse_repeated_keys(line: _Line, document: AugmentedDocument, names: FieldNames) -> None:
     """Raise RecordError where a key of the record stands twice: JSON parsers keep one value and drop the other without a word.
 
-    Looks for the quoted names of the fields that are read: no text can hold them, since quotes in it are escaped. Only where one is
-    there more often than once (in another object, mostly) is the line read by a parser that shows all keys.
+    Only where a look at the line does not show that none does (a name in another object, mostly) is it read by a parser that shows all keys.
     """
-    text_key, other_keys = _quoted(names)
-    characters = len(document.document.text)
-    # The text takes at least a byte a character, and comes after all keys of its name: a later one would have given another text.
-    found = line.data.count(text_key, line.begin, line.end if document.thoughts else line.end - characters)
-    if found == 1 + (len(document.thoughts) if names.text == "text" else 0):
-        # Where the text is nothing needs to be looked for.
-        begin = line.data.find(text_key, line.begin, line.end)
-        after = begin + len(text_key) + characters
-        for key in other_keys:
-            if line.data.count(key, line.begin, begin) + line.data.count(key, after, line.end) > 1:
-                break
-        else:
-            return
+    if _has_each_key_once(line, document, names):
+        return
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +46,7 @@ from tpt_megatron.storage import LocalLocation, Location, explain, remove_unfini
 from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer
 
 logger = logging.getLogger(__name__)
-LOOK_AGAIN_S = 0.1
+LOOK_AGAIN_S, COUNT_AGAIN_S = 0.1, 2.0
 SAMPLE_RECORDS, SAMPLE_CHARACTERS, SAMPLE_FILES = 64, 100_000, 8
 
 
@@ -183,9 +184,17 @@ def _same_inputs(output: Path, manifest: Manifest, inputs: list[Location]) -> bo
     """Say whether the inputs are those of a manifest: by name, size and stamp where the plan knows them, by checksum otherwise."""
     if [(entry.name, entry.bytes) for entry in manifest.inputs] != [(str(place), place.size()) for place in inputs]:
         return False
-    plan = Plan.read(LocalLocation(output / "plan.json")) if (output / "plan.json").is_file() else None
+    plan = _plan_before(output)
     known = {} if plan is None else dict(zip((name for name, _ in plan.inputs), plan.stamps, strict=True))
     return all(known.get(entry.name) == place.stamp() or sha256_of(place) == entry.sha256 for entry, place in zip(manifest.inputs, inputs, strict=True))
+
+
+def _plan_before(output: Path) -> Plan | None:
+    """Return the plan of the run that was here before; None where there is none that this release can read."""
+    try:
+        return Plan.read(LocalLocation(output / "plan.json"))
+    except DataError:
+        return None
 
 
 def _plan(config: PreprocessConfig, inputs: list[Location], settings: dict[str, Any], arms: Sequence[Arm]) -> Plan:
@@ -194,12 +203,12 @@ def _plan(config: PreprocessConfig, inputs: list[Location], settings: dict[str, 
     plan = make_plan(inputs, settings, config.piece_megabytes, is_shared=config.workers > 1 or config.shard is not None)
     part_of(plan, *config.part_of_work())  # refuses more shards than pieces before anything is written
     if place.is_file() and any(pieces.glob("[0-9]*")):
-        before = Plan.read(place)
+        before = _plan_before(config.output)
         if config.shard is not None and set(read_json(pieces / "run.json")["arms"]) != set(arms):
             raise ConfigError(f"output={config.output}: holds shards of other arms; give another output, or remove the folder")
-        if before.is_of(plan):
+        if before is not None and before.is_of(plan):
             return before
-        if config.shard is not None and before.fingerprint() != plan.fingerprint():
+        if config.shard is not None and (before is None or before.fingerprint() != plan.fingerprint()):
             raise ConfigError(f"output={config.output}: holds shards of other inputs or settings; give another output, or remove the folder")
         if config.shard is None:
             logger.warning("%s: the inputs or the settings have changed since; what was finished of the last run is made anew", config.output)
@@ -285,12 +294,13 @@ def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: Toke
     work = partial(_be_worker, config, plan, arms, encoder.engine, todo, taken)
     shown = 0
     with WorkerProcesses(work, min(config.workers, len(todo))) as processes, progress_bar("preprocess", len(todo)) as bar:
-        joined = False
+        names, joined, looked = {piece.name for piece in todo}, False, 0.0
         while processes.are_at_work(0 if joined else LOOK_AGAIN_S):
-            joined = config.shard is None and joining.add_next_finished()
-            finished = sum((config.output / "pieces" / piece.name).is_dir() for piece in todo)
-            bar.advance(finished - shown)
-            shown = finished
+            joined = config.shard is None and not processes.are_ending() and joining.add_next_finished()
+            if time.monotonic() - looked >= COUNT_AGAIN_S:
+                looked, finished = time.monotonic(), len(names.intersection(os.listdir(config.output / "pieces")))
+                bar.advance(finished - shown)
+                shown = finished
     processes.check()
 
 

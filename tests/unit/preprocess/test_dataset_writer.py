@@ -90,7 +90,7 @@ def test_where_the_parts_were_cut_leaves_no_trace(tmp_path: Path, monkeypatch: p
     assert whole.outputs == cut.outputs
 
 
-@given(runs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 12)), max_size=30), at_once=st.integers(1, 10))
+@given(runs=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 12)), min_size=1, max_size=30), at_once=st.integers(1, 10))
 def test_runs_become_a_byte_a_token_however_they_are_cut(runs: list[tuple[int, int]], at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joining, "NUMBERS_AT_ONCE", at_once)
@@ -144,6 +144,25 @@ def test_nothing_remains_after_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"):
         write_dataset(tmp_path / "train", SMALL, THREE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_flushed_is_removed_all_the_same(tmp_path: Path) -> None:
+    file = joining._Hashed(tmp_path / "train.bin")
+    file._file.close()
+    file._file = open("/dev/full", "wb")  # noqa: SIM115 - closed by abandon
+    file.write(b"some bytes that are buffered")
+    file.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("runs_at_once", [1, 3, 1000])
+def test_runs_are_read_in_blocks_with_and_without_a_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs_at_once: int) -> None:
+    monkeypatch.setattr(joining, "RUNS_AT_ONCE", runs_at_once)
+    many = [([(0, [i % 7] * (i % 5)), (1, [1] * (i % 3))], f"d{i}", None, None) for i in range(30)]
+    kept = [i % 3 != 1 for i in range(30)]
+    write_dataset(tmp_path / "train", SMALL, many, [7], kept)
+    parts = [part for (segments, *_), stays in zip(many, kept, strict=True) if stays for part, ids in [*segments, (0, [0])] for _ in ids]
+    assert list(sidecar(tmp_path / "train", "parts.bin").read_bytes()) == parts
 
 
 def test_the_dtype_is_megatrons() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tpt_megatron import files
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_dataset
 from tpt_megatron.errors import ConfigError, DataError, RecordError
@@ -320,6 +322,64 @@ def test_pieces_join_as_they_finish_and_an_error_leaves_nothing_of_it(tmp_path: 
         assert joined == len(plan.pieces) - 1 > 3
         (tmp_path / "last").rename(last)
         finish.finish(settings, plan, ARMS, tokenizer, [tmp_path / "out"], joining)
+    assert files_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("failing", [2, 7])
+def test_a_piece_that_cannot_be_synced_ends_the_run_and_leaves_nothing_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    write(tmp_path, some(200))
+    settings = config(tmp_path, arms=["vanilla"], piece_megabytes=0.002)
+    run_preprocess(settings)
+    expected, count = files_of(tmp_path / "out"), len(Plan.read(LocalLocation(tmp_path / "out/plan.json")).pieces)
+    assert count >= failing
+    shutil.rmtree(tmp_path / "out")
+    calls = 0
+    original = files.sync_tree
+
+    def sync(folder: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(28, "No space left on device")
+        original(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_tree", sync)
+        with pytest.raises(OSError, match="No space"):
+            run_preprocess(settings)
+    assert not list((tmp_path / "out/pieces").glob(".*.tmp"))
+    assert len(list((tmp_path / "out/pieces").glob("[0-9]*"))) in (failing - 1, failing)
+    run_preprocess(settings)
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_advice_that_the_system_refuses_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    write(tmp_path, some(200))
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert run_preprocess(config(tmp_path, piece_megabytes=0.002))["vanilla/train"].counts["documents"] == 200
+
+
+def test_a_plan_of_another_release_neither_spoils_what_is_finished_nor_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, some(20))
+    settings = config(tmp_path, arms=["vanilla"])
+    run_preprocess(settings)
+    expected = files_of(tmp_path / "out")
+    (tmp_path / "out/plan.json").write_text('{"plan_version": 1}')
+    run_preprocess(settings)
+    assert files_of(tmp_path / "out") == expected
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "finish", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            run_preprocess(settings)
+    (tmp_path / "out/plan.json").write_text('{"plan_version": 1}')
+    run_preprocess(settings)
+    assert "what was finished of the last run is made anew" in caplog.text
     assert files_of(tmp_path / "out") == expected
 
 
