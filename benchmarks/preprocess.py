@@ -356,7 +356,9 @@ def measure(command: list[str], log: Path, python_path: Path | None) -> Usage | 
             now = time.perf_counter() - start
             if ended == 0:
                 if now >= next_sample:
-                    tree_bytes, next_sample = max(tree_bytes, tree_pss()), now + 0.25
+                    tree_bytes = max(tree_bytes, tree_pss())
+                    took = time.perf_counter() - start - now
+                    next_sample = now + max(0.25, 100 * took)  # what measures must not take a core from what is measured
                 time.sleep(0.01)
                 continue
             cpu_s += usage.ru_utime + usage.ru_stime
