@@ -292,7 +292,7 @@ def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(t
     assert all(row[0] == other for row in rows if int(row[1]) >= 10)
 
 
-USUAL, ODD = 400, 12
+USUAL, ODD = 400, 4
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +307,8 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: Path, datasets: Path, spiky: Path) -> None:
-    data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 3}
-    config = write_config(tmp_path, datasets, data=data, faults=faults, steps=60, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 3e-3})
+    data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 5}
+    config = write_config(tmp_path, datasets, data=data, faults=faults, steps=200, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 1e-3})
     ended = train(config)
     assert ended.returncode == 0, ended.stderr[-3000:]
     lines = learned(tmp_path / "run")
@@ -326,8 +326,8 @@ def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: P
 
 
 def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path, datasets: Path, spiky: Path) -> None:
-    data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 3, "skips_in_a_row": 1}
-    config = write_config(tmp_path, datasets, data=data, faults=faults, steps=400, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 3e-3})
+    data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 50, "skips_in_a_row": 1}
+    config = write_config(tmp_path, datasets, data=data, faults=faults, steps=1000, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 3e-3})
     ended = train(config)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
@@ -340,7 +340,8 @@ def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path
     assert lines[back]["first_sequence"] == first["sequences"][1]
     assert second["sequences"][0] == 4 * (second["step"] - 1) + 4 * (first["step"] - back)
     # Another start goes on from the last checkpoint, which remembers what was passed over.
-    saved = second["step"] // 10 * 10
+    saved = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text())
+    assert saved > back, "there is no checkpoint of after it went back: nothing would be tested"
     assert train(config, f"steps={saved + 1}", "faults.spike_factor=null").returncode == 0
     again = learned(tmp_path / "run")[-1]
     assert (again["step"], again["first_sequence"]) == (saved + 1, 4 * saved + 4 * (first["step"] - back))
@@ -363,7 +364,7 @@ def test_a_stalled_rank_is_found_and_ends_the_job(tmp_path: Path, datasets: Path
     written = list((tmp_path / "run/stalls").iterdir())
     assert len(written) == 1  # of the rank that waits; the other one has no turn to write
     assert "took more than 8 s" in written[0].read_text()
-    assert "all_reduce" in written[0].read_text()
+    assert "torch/distributed" in written[0].read_text()  # it waits for the other
     assert "took more than faults.stall_seconds=8; its stacks are in" in stderr
     psutil.wait_procs([stalled, other], timeout=30)
 
