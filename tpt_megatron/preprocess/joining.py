@@ -263,8 +263,8 @@ def _marks(runs: npt.NDArray[Any]) -> Iterator[memoryview]:
             yield _MARKS[int(parts[0])][: stop - begin]
             continue
         first, last = int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, stop))
-        inside = np.diff(np.clip(ends[first : last + 1], begin, stop), prepend=begin)
-        yield np.repeat(parts[first : last + 1], inside).data
+        bounds = np.concatenate(([begin], np.clip(ends[first : last + 1], begin, stop)))
+        yield np.repeat(parts[first : last + 1], bounds[1:] - bounds[:-1]).data
 
 
 def _copy_sources(part: Part, mask: npt.NDArray[np.bool_] | None, names: SourceNumbers, target: _Hashed) -> None:
