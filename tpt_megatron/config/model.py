@@ -50,7 +50,8 @@ class ExpertsConfig(Config):
 class ModelConfig(Config):
     """A Llama-style GPT: RoPE, RMSNorm, SwiGLU, grouped-query attention.
 
-    preset                takes every value of a known model (see PRESETS), over which those that are given beside it count
+    preset                takes every value of a known model, qwen3-0.6b for instance, over which those that are given beside it count; a name that is
+                          not known is answered with all that are
     vocab_size            0 takes the dataset's tokenizer's size. It is padded to a multiple of vocab_divisor x tensor_parallel in
                           the checkpoint, and unpadded on export
     qkv_bias              a bias on query, key and value (Qwen2)
