@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from tpt_megatron.config.load import check_config
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.mcore import checkpoint, groups
+from tpt_megatron.mcore import groups
+from tpt_megatron.mcore.checkpoint import CheckpointWriter
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 
 folder, tie = Path(sys.argv[1]), sys.argv[2] == "tied"
@@ -35,7 +36,9 @@ for _ in range(10):  # so that norms are no longer all ones
 losses = engine.evaluate([batch])
 description = {"tokens_seen": 0, "model": config.model.model_dump(mode="json"), "sequence_length": 64,
     "precision": "fp32", "arm": None, "tokenizer": None, "data": None}
-checkpoint.save_checkpoint(engine, folder / "checkpoints", 10, description, {})
+writer = CheckpointWriter(engine, folder / "checkpoints")
+writer.save(10, description, {})
+writer.wait()
 (folder / "theirs.json").write_text(json.dumps({"loss": losses.loss, "rows": rows.tolist()}))
 groups.leave()
 """
