@@ -25,14 +25,14 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_stall_ends_the_process_with_its_stacks_written_down(tmp_path: Path) -> None:
-    ended = run(tmp_path / "stalls", "1.5", "stall")
+    ended = run(tmp_path / "stalls", "4", "stall")
     assert ended.returncode == 1
-    assert ended.stderr == f"rank 3: step 5 took more than faults.stall_seconds=1.5; its stacks are in {tmp_path / 'stalls/rank-00003.txt'}\n"
+    assert ended.stderr == f"rank 3: step 5 took more than faults.stall_seconds=4; its stacks are in {tmp_path / 'stalls/rank-00003.txt'}\n"
     assert "in compute_for_ever" in (tmp_path / "stalls/rank-00003.txt").read_text()
 
 
 def test_steps_that_end_in_time_are_left_alone(tmp_path: Path) -> None:
-    ended = run(tmp_path / "stalls", "1.5", "go on")
+    ended = run(tmp_path / "stalls", "4", "go on")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert not (tmp_path / "stalls").exists()
     assert run(tmp_path / "stalls", "0", "go on").returncode == 0
