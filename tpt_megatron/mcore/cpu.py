@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from tpt_megatron.mcore import cpu_kernels
+
 _CPU = torch.device("cpu")
 
 _MODULES_WITH_CUDA_LITERALS = (
@@ -57,6 +59,7 @@ def adapt() -> None:
     _provide_fused_adam()
     _translate_device_literals()
     _route_to_experts()
+    cpu_kernels.install()
 
 
 class _Nothing:

@@ -128,8 +128,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_mult"]
             group["weight_decay"] = self._config.optimizer.weight_decay * group["wd_mult"]
+        self._set_mode(training=True)
         for chunk in self.model:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._weight_scale = self._tokens_per_weight(batches)
@@ -152,9 +152,13 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> LossSums:
         """Return the losses of the model as it is, over every rank's micro-batches."""
-        for chunk in self.model:
-            chunk.eval()
+        self._set_mode(training=False)
         return self._forward_backward(batches, forward_only=True)
+
+    def _set_mode(self, *, training: bool) -> None:
+        for chunk in self.model:
+            if chunk.training != training:  # it walks through all modules, which a small model's step notices
+                chunk.train(training)
 
     def _tokens_per_weight(self, batches: Sequence[MicroBatch]) -> float:
         """Return the number of labels that count, over the sum of their weights, in the whole step: 1 where every weight is 0 or 1.

@@ -73,11 +73,11 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_fp8_settings(config),
         mtp_num_layers=model.mtp_layers or None,
         mtp_loss_scaling_factor=model.mtp_loss_weight,
-        # megatron-core's fusions are CUDA kernels, or torch.compile, which costs a laptop minutes of start-up.
+        # megatron-core's fusions are CUDA kernels; on a CPU cpu_kernels.py has the last two.
         masked_softmax_fusion=on_cuda,
-        bias_activation_fusion=on_cuda,
         apply_rope_fusion=on_cuda,
-        gradient_accumulation_fusion=False,
+        bias_activation_fusion=on_cuda or model.experts is None,
+        gradient_accumulation_fusion=not on_cuda,
         persist_layer_norm=False,
     )
 
