@@ -5,7 +5,7 @@
     DIR/latest_checkpointed_iteration.txt    the one that a run continues from
     DIR/.iter_0000100.1f2e3d4c.tmp           half written, or half deleted; the middle part is of one start of a run alone
 
-What is in the files is mcore's business (mcore/checkpoint.py) and convert's.
+What is in the files is mcore's business (mcore/checkpoint.py) and convert's. A second copy elsewhere is mirror.py's.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from tpt_megatron.config.checkpoint import CheckpointConfig
 from tpt_megatron.errors import CheckpointError
-from tpt_megatron.files import FileEntry, describe_file, sha256_of, write_json
-from tpt_megatron.storage import sync_folder
+from tpt_megatron.files import FileEntry, Place, describe_file, sha256_of, write_json
+from tpt_megatron.storage import locate, sync_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
@@ -37,12 +37,12 @@ def iteration_folder(root: Path, step: int) -> Path:
     return root / f"iter_{step:07d}"
 
 
-def latest_step(root: Path) -> int | None:
+def latest_step(root: Place) -> int | None:
     """Return the step that a run continues from, or None; CheckpointError for a damaged tracker."""
-    tracker = root / TRACKER
+    tracker = locate(root) / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text(errors="replace").strip()
+    text = tracker.read_bytes().decode(errors="replace").strip()
     if not text.isdecimal():
         raise CheckpointError(
             f"{tracker}: expected a step number, found {text[:40]!r}; write the step of a complete checkpoint into it, or remove it to start anew"
@@ -52,8 +52,13 @@ def latest_step(root: Path) -> int | None:
 
 def finished_steps(root: Path) -> list[int]:
     """Return the steps of all folders that carry a finished checkpoint's name, in order."""
-    names = (path.name.removeprefix("iter_") for path in root.glob("iter_*") if path.is_dir())
-    return sorted(int(name) for name in names if name.isdecimal())
+    return steps_of(path.name for path in root.glob("iter_*") if path.is_dir())
+
+
+def steps_of(names: Iterable[str]) -> list[int]:
+    """Return the steps of those names that are a finished checkpoint's, in order."""
+    steps = (name.removeprefix("iter_") for name in names if name.startswith("iter_"))
+    return sorted(int(step) for step in steps if step.isdecimal())
 
 
 def way_out(folder: Path, *, resuming: bool) -> str:
@@ -87,13 +92,13 @@ def write_checksums(folder: Path, known: Iterable[FileEntry]) -> None:
     write_json(folder / CHECKSUMS, [(entries.get(name) or describe_file(folder / name)).model_dump() for name in names])
 
 
-def read_checksums(folder: Path) -> list[FileEntry] | None:
+def read_checksums(folder: Place) -> list[FileEntry] | None:
     """Return what checksums.json names, or None where there is none, as in the oldest checkpoints. CheckpointError when it is damaged."""
-    path = folder / CHECKSUMS
+    path = locate(folder) / CHECKSUMS
+    if not path.is_file():
+        return None
     try:
         return TypeAdapter(list[FileEntry]).validate_python(orjson.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
     except (orjson.JSONDecodeError, ValidationError):
         raise CheckpointError(f"{path}: not a list of files and their checksums, the file is damaged") from None
 

@@ -79,6 +79,17 @@ class Location(ABC):
     def remove(self) -> None:
         """Remove the file, or the folder with all in it; nothing happens where there is none."""
 
+    @abstractmethod
+    def upload(self, path: Path) -> None:
+        """Write the whole file, over any that is there, from one of this machine, of any size. Only a part of it is in memory at a time."""
+
+    @abstractmethod
+    def download(self, path: Path) -> None:
+        """Copy the file to this machine, of any size. `path` is there before it is whole: for a folder that has no finished name yet."""
+
+    def remove_unfinished_uploads(self) -> None:  # noqa: B027 - most stores keep nothing of them
+        """Remove what killed uploads left below this folder where no listing shows it. For when no other writer is at work there."""
+
     def resolved(self) -> str:
         """Return one name for it, however it was given."""
         return str(self)
@@ -192,6 +203,23 @@ class LocalLocation(Location):
         else:
             self.path.unlink(missing_ok=True)
 
+    def upload(self, path: Path) -> None:
+        """Copy the file beside its place, sync it, and rename it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(self.path.parent)
+
+    def download(self, path: Path) -> None:
+        """Copy the file."""
+        shutil.copyfile(self.path, path)
+
     def resolved(self) -> str:
         """Return its absolute path, links followed."""
         return str(self.path.resolve())
@@ -301,6 +329,23 @@ class RemoteLocation(Location):
         with suppress(FileNotFoundError):  # another worker may be removing it too
             if self._fs.exists(self._path):
                 self._fs.rm(self._path, recursive=True)
+
+    def upload(self, path: Path) -> None:
+        """Put the object, a large one in parts; stores show it when all of it has come."""
+        self._fs.put_file(str(path), self._path)
+
+    def download(self, path: Path) -> None:
+        """Get the object, a block at a time."""
+        self._fs.get_file(self._path, str(path))
+
+    def remove_unfinished_uploads(self) -> None:
+        """On S3, have the parts of objects that were never completed removed: they are paid for."""
+        if "s3" not in self._fs.protocol:
+            return
+        bucket, _, key = self._path.partition("/")
+        listed = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "")
+        for upload in listed.get("Uploads", []):
+            self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def contains(self, other: Location) -> bool:
         """Say whether `other` is this folder or lies somewhere below it."""

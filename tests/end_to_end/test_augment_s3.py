@@ -5,12 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +15,7 @@ import pytest
 import s3fs
 
 from tests.support.augment_runs import DOCUMENT_PATTERN, output_of, run, start, write_config
+from tests.support.s3 import s3_server
 from tests.support.scripted_server import running_server
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.preprocess.runner import run_preprocess
@@ -28,31 +24,8 @@ from tpt_megatron.storage import locate
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3fs.S3FileSystem]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    log = open(tmp_path_factory.mktemp("s3") / "server.log", "w")  # noqa: SIM115  (as long as the server)
-    process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(f"AWS_{name}", value)
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    with urllib.request.urlopen(url, timeout=5):
-                        break
-                except (urllib.error.URLError, ConnectionError):
-                    assert process.poll() is None, "the S3 server ended"
-                    assert time.monotonic() < deadline, "the S3 server does not answer"
-                    time.sleep(0.2)
-            yield s3fs.S3FileSystem(skip_instance_cache=True)
-        finally:
-            s3fs.S3FileSystem.clear_instance_cache()
-            process.terminate()
-            process.wait(20)
-            log.close()
+    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as found:
+        yield found
 
 
 def test_one_of_many_that_create_an_object_wins(s3: s3fs.S3FileSystem) -> None:

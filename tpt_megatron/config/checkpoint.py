@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -18,7 +17,9 @@ class CheckpointConfig(Config):
     keep_last         how many of the latest are kept, at least 2; 0: all of them
     keep_every_steps  besides, those of every so many steps, for ever
     keep_best         besides, so many with the lowest validation_loss
-    load_from         an iter_ folder that a new run starts from
+    mirror            where every checkpoint is copied to behind training's back, and fetched from on a machine that has none: a folder or a URL
+                      of object storage, such as s3://bucket/runs/append
+    load_from         an iter_ folder that a new run starts from, or the URL of one
     load              what is taken from it: the weights, with a fresh optimizer, or the optimizer's state too
     """
 
@@ -27,7 +28,8 @@ class CheckpointConfig(Config):
     keep_last: int = Field(0, ge=0)
     keep_every_steps: int = Field(0, ge=0)
     keep_best: int = Field(0, ge=0)
-    load_from: Path | None = None
+    mirror: str | None = None
+    load_from: str | None = None
     load: Literal["weights", "all"] = "all"
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,3 +107,13 @@ def any_rank(flag: bool) -> bool:
     answer = torch.tensor([int(flag)], device=device)
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer.item())
+
+
+T = TypeVar("T")
+
+
+def from_rank_0(value: T) -> T:
+    """Return rank 0's value on every rank; every rank must ask at the same point."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -56,7 +56,7 @@ class Run:
         self._data = open_run_data(config)
         self._config = _resolve_vocabulary(config, self._data.datasets)
         self._engine = Engine(self._config, kinds=len(self._data.kinds.table))
-        self._saving = Saving(self._config, self._engine, self._data)
+        self._saving = Saving(self._config, self._engine, self._data, layout.rank)
         self._position = Position()
         self._guard = StepGuard(config.faults)
         self._rollbacks = 0
@@ -66,13 +66,17 @@ class Run:
     def train(self) -> None:
         """Take every step that is left, measuring, validating and saving on the way."""
         config, layout = self._config, self._layout
+        self._saving.catch_up()
         self._continue_from(self._saving.resume())
+        self._saving.follow()
         if self._position.step >= config.last_step:
             log.info("%s: all %d steps were already done", config.run_dir, config.last_step)
+            self._saving.wait_for_mirror(lambda: None)
             return
         rank_0 = layout.rank == 0
         description = self._describe_run() if rank_0 else {}
         with ExitStack() as stack:
+            stack.callback(self._saving.close)
             metrics = stack.enter_context(MetricsFile(config.run_dir / "metrics.jsonl" if rank_0 else None, self._position.step))
             trackers = stack.enter_context(Trackers(config.watch if rank_0 else WatchConfig(), config.run_dir, self._position.step, description))
             profiler = stack.enter_context(StepProfiler(config.watch.profile, config.run_dir / "profile", layout.rank))
@@ -100,10 +104,12 @@ class Run:
                     watchdog.step(f"saving after step {step}")
                     metrics.sync()
                     self._save(line)
-                if stopping and step < config.last_step:
-                    self._saving.wait()
-                    raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
+                if stopping:
+                    break
             self._saving.wait()
+            self._saving.wait_for_mirror(lambda: watchdog.step("copying checkpoints to their mirror"))
+            if self._position.step < config.last_step:
+                raise Stopped(f"{config.run_dir}: stopped by a signal after saving step {step}; run the same command again to continue")
 
     def _step(self, step: int) -> dict[str, Any]:
         """Take step number `step` (from 1) and return its metrics."""
@@ -129,6 +135,7 @@ class Run:
             "step_time_s": seconds,
             "data_time_s": data_seconds,
             "checkpoint_time_s": self._saved_in_s,
+            **({"mirror_time_s": mirrored_in_s} if (mirrored_in_s := self._saving.take_mirror_time()) else {}),
         }
         self._saved_in_s = 0.0
         if not result.updated:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tpt_megatron.mcore.checkpoint import CheckpointWriter, load_checkpoint, rea
 from tpt_megatron.mcore.engine import Engine
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 from tpt_megatron.train.data import RunData
+from tpt_megatron.train.mirroring import Mirroring, ask
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,27 @@ class Position:
 
 
 class Saving:
-    """The checkpoints of one run, under run_dir/checkpoints."""
+    """The checkpoints of one run, under run_dir/checkpoints, and of its mirror where it has one."""
 
-    def __init__(self, config: TrainConfig, engine: Engine, data: RunData) -> None:
-        self._config, self._engine, self._data = config, engine, data
+    def __init__(self, config: TrainConfig, engine: Engine, data: RunData, rank: int) -> None:
+        self._config, self._engine, self._data, self._rank = config, engine, data, rank
         self._checkpoints = config.run_dir / "checkpoints"
-        self._writer = CheckpointWriter(engine, self._checkpoints, self._discard_others)
+        self._writer = CheckpointWriter(engine, self._checkpoints, self._completed)
+        self._mirroring = None if config.checkpoint.mirror is None else Mirroring(config.checkpoint, self._checkpoints, rank)
+
+    def catch_up(self) -> None:
+        """Fetch what the mirror has and this machine has not, before `resume`. CheckpointError when the mirror is of another run, or cannot be used."""
+        newer = None if self._mirroring is None else self._mirroring.newer()
+        if self._mirroring is None or newer is None:
+            return
+        step, description = newer
+        self._check(description, f"{self._config.checkpoint.mirror}, step {step}", resuming=True)
+        self._mirroring.fetch(step)
+
+    def follow(self) -> None:
+        """Have the mirror follow, from now on, what is here."""
+        if self._mirroring is not None and self._rank == 0:
+            self._mirroring.follow()
 
     def resume(self) -> Position:
         """Load what there is to continue from, and return where that is."""
@@ -50,7 +66,7 @@ class Saving:
         if step is None:
             chosen = self._config.checkpoint
             if chosen.load_from is not None:
-                self._load(chosen.load_from, weights_only=chosen.load == "weights")
+                self._load(self._fetched(chosen.load_from), weights_only=chosen.load == "weights")
             return Position()
         folder = iteration_folder(self._checkpoints, step)
         description = self._load(folder)
@@ -59,24 +75,36 @@ class Saving:
         log.info("%s: continuing after step %d", self._config.run_dir, step)
         return Position(step, int(description["tokens_seen"]), int(description.get("passed_over", 0)), list(description.get("gradient_norms", [])))
 
+    def _fetched(self, load_from: str) -> Path:
+        """Return the folder of checkpoint.load_from: a copy under run_dir, verified, of one that a URL names."""
+        if "://" not in load_from:
+            return Path(load_from)
+        folder = self._config.run_dir / "load_from" / load_from.rstrip("/").rsplit("/", 1)[-1]
+        ask(self._rank, "copy", load_from, str(folder))
+        return folder
+
     def _load(self, folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
         resuming = folder.parent == self._checkpoints
         instead = way_out(folder, resuming=resuming)
         description = read_description(folder, instead)
+        self._check(description, str(folder), resuming=resuming, weights_only=weights_only)
+        load_checkpoint(self._engine, folder, instead, weights_only=weights_only)
+        return description
+
+    def _check(self, description: Mapping[str, Any], where: str, *, resuming: bool, weights_only: bool = False) -> None:
+        """Refuse a checkpoint of another model, precision or, when it is of this run, data."""
         ours = self._config.model.model_dump(mode="json")
         for key, value in description["model"].items():
             if ours.get(key) != value and not key.endswith(("init_std", "vocab_divisor")):
                 raise CheckpointError(
-                    f"{folder}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"
+                    f"{where}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"
                 )
         if description["precision"] != self._config.precision and not weights_only:
-            raise CheckpointError(f"{folder}: the checkpoint was trained in {description['precision']}, the config says precision={self._config.precision}")
+            raise CheckpointError(f"{where}: the checkpoint was trained in {description['precision']}, the config says precision={self._config.precision}")
         if resuming and description["data"] != self._data_fingerprint():
             differs = ", ".join(sorted(_differing(description["data"], self._data_fingerprint())))
             read = ", ".join(self._config.data.train_paths)
-            raise CheckpointError(f"{folder}: the run was trained on other data than {read} as this config reads it ({differs}); use that, or another run_dir")
-        load_checkpoint(self._engine, folder, instead, weights_only=weights_only)
-        return description
+            raise CheckpointError(f"{where}: the run was trained on other data than {read} as this config reads it ({differs}); use that, or another run_dir")
 
     def _data_fingerprint(self) -> dict[str, Any]:
         ramp = self._config.batch_ramp
@@ -110,12 +138,35 @@ class Saving:
             self._writer.wait()
 
     def poll(self) -> None:
-        """Complete the checkpoint under way if it is written. For every rank to call once a step."""
+        """Complete the checkpoint under way if it is written, and see to the mirror. For every rank to call once a step."""
         self._writer.poll()
+        if self._mirroring is not None:
+            self._mirroring.poll()
 
     def wait(self) -> None:
-        """Complete the checkpoint under way, if any: nothing is left to be done after this."""
+        """Complete the checkpoint under way, if any: nothing is left to be done here after this."""
         self._writer.wait()
+
+    def wait_for_mirror(self, still_waiting: Callable[[], None]) -> None:
+        """Wait until the mirror has what is here; `still_waiting` is called again and again meanwhile. CheckpointError when it cannot be done."""
+        if self._mirroring is not None:
+            self._mirroring.wait(still_waiting)
+
+    def take_mirror_time(self) -> float:
+        """Return how long the copying took that ended since this was asked last, in seconds; 0 for none."""
+        if self._mirroring is None:
+            return 0.0
+        seconds, self._mirroring.seconds = self._mirroring.seconds, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """End what is still under way to the mirror after a failure."""
+        if self._mirroring is not None:
+            self._mirroring.close()
+
+    def _completed(self, latest: int) -> None:
+        self._discard_others(latest)
+        self.follow()
 
     def _discard_others(self, latest: int) -> None:
         """Delete what need not be kept now that there is one more. Later steps than it are of a past that was taken back: they stay."""
