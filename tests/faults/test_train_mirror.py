@@ -187,9 +187,9 @@ def test_a_kill_within_an_upload_leaves_nothing_that_looks_complete(tmp_path: Pa
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("tpt_megatron.mirror" in " ".join(member.cmdline()) for member in family)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
     _, alive = psutil.wait_procs(family, timeout=3)
     assert not alive, "an upload outlived its trainer"
+    process.communicate()
     known = complete(s3, mirror)[-1]  # step 8's upload may have begun before step 12 was there
     assert known < 12
     assert s3.cat(f"{mirror}/{TRACKER}") == b"%d\n" % known
