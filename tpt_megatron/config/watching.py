@@ -30,10 +30,22 @@ class ProfileConfig(Config):
     ranks: tuple[int, ...] = (0,)
 
 
+class StragglerConfig(Config):
+    """Ranks that are slower than the others, found by NVIDIA's resiliency extension.
+
+    every_steps  how often the ranks' forward passes are compared, by the median of those since
+    threshold    ranks whose speed is less than so much of the fastest rank's are named in the log
+    """
+
+    every_steps: PositiveInt
+    threshold: float = Field(0.7, gt=0, lt=1)
+
+
 class WatchConfig(Config):
     """What a run shows of itself. metrics.jsonl is written always.
 
     log_every_steps   a line in the log, from one rank
+    stragglers        ranks that are slower than the others; needs tpt-megatron[resiliency]
     peak_tflops       of one GPU, for the model FLOP/s utilisation, where the chip is none of those known
     """
 
@@ -41,6 +53,7 @@ class WatchConfig(Config):
     tensorboard: bool = False
     wandb: WandbConfig | None = None
     profile: ProfileConfig | None = None
+    stragglers: StragglerConfig | None = None
     peak_tflops: PositiveFloat | None = None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,11 +86,14 @@ def _always(loss: float, gradient_norm: float) -> bool:
 
 
 class Engine:
-    """This rank's share of model and optimizer. Needs the process groups of `groups.join`. kinds: how many kinds of labels there are."""
+    """This rank's share of model and optimizer. Needs the process groups of `groups.join`.
 
-    def __init__(self, config: TrainConfig, kinds: int) -> None:
+    kinds: how many kinds of labels there are. around_forward: entered around the forward pass of each micro-batch.
+    """
+
+    def __init__(self, config: TrainConfig, kinds: int, around_forward: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         check_machine(config)
-        self._config, self._kinds = config, kinds
+        self._config, self._kinds, self._around_forward = config, kinds, around_forward
         seed_everything(config.seed)
         core = transformer_config(config)
         self.model = build_model(config, core)
@@ -210,7 +214,8 @@ class Engine:
             tokens, labels, weights, kinds, positions = (tensor.reshape(1, -1) for tensor in (tokens, labels, weights, kinds, positions))
         elif self._device.type == "cpu":  # Transformer Engine's attention is causal by itself
             mask = attention_mask(documents, length)
-        output = model(tokens, positions, mask, labels=labels, loss_mask=weights, packed_seq_params=packed)
+        with self._around_forward():
+            output = model(tokens, positions, mask, labels=labels, loss_mask=weights, packed_seq_params=packed)
         return output, partial(self._sum_losses, weights, kinds)
 
     def _sum_losses(self, weights: torch.Tensor, kinds: torch.Tensor, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

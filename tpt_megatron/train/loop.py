@@ -27,6 +27,7 @@ from tpt_megatron.train.profiler import StepProfiler
 from tpt_megatron.train.saving import Position, Saving, arm_of
 from tpt_megatron.train.schedule import learning_rate
 from tpt_megatron.train.signals import StopRequest
+from tpt_megatron.train.stragglers import Stragglers
 from tpt_megatron.train.trackers import Trackers
 from tpt_megatron.train.watchdog import Watchdog
 
@@ -55,7 +56,8 @@ class Run:
         _check_batch(config, layout)
         self._data = open_run_data(config)
         self._config = _resolve_vocabulary(config, self._data.datasets)
-        self._engine = Engine(self._config, kinds=len(self._data.kinds.table))
+        self._stragglers = Stragglers(config.watch.stragglers)
+        self._engine = Engine(self._config, kinds=len(self._data.kinds.table), around_forward=self._stragglers.forward)
         self._saving = Saving(self._config, self._engine, self._data, layout.rank)
         self._position = Position()
         self._guard = StepGuard(config.faults)
@@ -77,6 +79,7 @@ class Run:
         description = self._describe_run() if rank_0 else {}
         with ExitStack() as stack:
             stack.callback(self._saving.close)
+            stack.enter_context(self._stragglers)
             metrics = stack.enter_context(MetricsFile(config.run_dir / "metrics.jsonl" if rank_0 else None, self._position.step))
             trackers = stack.enter_context(Trackers(config.watch if rank_0 else WatchConfig(), config.run_dir, self._position.step, description))
             profiler = stack.enter_context(StepProfiler(config.watch.profile, config.run_dir / "profile", layout.rank))
@@ -89,6 +92,7 @@ class Run:
                 profiler.before(step)
                 line = self._step(step)
                 profiler.after(step)
+                line |= self._stragglers.compare(step)
                 self._saving.poll()
                 if config.validate_every_steps and step % config.validate_every_steps == 0:
                     watchdog.step(f"validation after step {step}")
