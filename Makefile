@@ -12,6 +12,9 @@ help: ## list what can be made
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "tpt_megatron needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	# By itself: what it asks for is for GPUs, and has torch warn at every start.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		"nvidia-resiliency-ext; sys_platform == 'linux' and python_version < '3.13'"
 	touch $@
 
 demo: .venv/ready ## the whole road, small, on this machine: ends in demo-output/report/report.html
