@@ -10,9 +10,9 @@
 
 Datasets made by `tpt preprocess` have one sequence a document (or one a thought, where thoughts are samples), and sidecars:
 
-    PREFIX.parts.bin          one uint8 a token, PART_DOCUMENT or PART_THINKING
+    PREFIX.parts.bin          one uint8 a token: PART_DOCUMENT or PART_THINKING; of chats PART_PROMPT or PART_ASSISTANT
     PREFIX.sources.bin        one uint16 a sequence: which of the manifest's `details.sources` it came from
-    PREFIX.documents.parquet  one row a sequence, see DOCUMENT_COLUMNS
+    PREFIX.documents.parquet  one row a sequence, see `document_columns`
     PREFIX.tokenizer.json     the tokenizer (PREFIX.tokenizer.model for SentencePiece)
     PREFIX.manifest.json      settings, inputs, counts, checksums; written last
 """
@@ -20,6 +20,7 @@ Datasets made by `tpt preprocess` have one sequence a document (or one a thought
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +33,12 @@ from tpt_megatron.errors import DataError
 from tpt_megatron.files import check_outputs, read_manifest
 
 MANIFEST_KIND = "token_dataset"
-PART_DOCUMENT = 0
-PART_THINKING = 1
+PART_DOCUMENT, PART_THINKING, PART_PROMPT, PART_ASSISTANT = range(4)
+PART_NAMES = {PART_DOCUMENT: "document", PART_THINKING: "thinking", PART_PROMPT: "prompt", PART_ASSISTANT: "assistant"}
+DOCUMENT_PARTS = (PART_DOCUMENT, PART_THINKING)
+CHAT_PARTS = (PART_PROMPT, PART_ASSISTANT)
+"""What the tokens of a dataset can be: of documents, or of chats."""
 
-DOCUMENT_COLUMNS = ("id", "sample", "source", "generator", "tokens_document", "tokens_thinking", "offset")
-"""id; which of the document's samples (0 but where thoughts are samples); source and generator (null where none); tokens by part,
-the end-of-document token among the document's; offset: the token of the whole dataset at which the sequence begins."""
 SOURCE_DTYPE = np.dtype(np.uint16)
 _BLOCK = 1 << 20
 """Entries of a file that are looked at together."""
@@ -58,6 +59,15 @@ def dtype_code(dtype: np.dtype[Any]) -> int:
     return next(code for code, known in DTYPE_CODES.items() if np.dtype(known) == dtype)
 
 
+def document_columns(parts: Sequence[int]) -> tuple[str, ...]:
+    """Return the columns of the document table of a dataset of these parts.
+
+    id; which of the document's samples (0 but where thoughts are samples); source and generator (null where none); tokens by part, the
+    end-of-document token among the document's; offset: the token of the whole dataset at which the sequence begins.
+    """
+    return ("id", "sample", "source", "generator", *(f"tokens_{PART_NAMES[part]}" for part in parts), "offset")
+
+
 def sidecar(prefix: Path, ending: str) -> Path:
     """Return `PREFIX.ending`; a dot in the prefix's own name stays."""
     return prefix.with_name(f"{prefix.name}.{ending}")
@@ -68,7 +78,7 @@ class TokenDataset:
     """A dataset, mapped and not loaded. Megatron's sequences are called documents here, since ours are one a document.
 
     tokens    [tokens] in the file's dtype, all documents end to end
-    parts     [tokens] uint8, PART_DOCUMENT or PART_THINKING; None where there is no sidecar
+    parts     [tokens] uint8, PART_*: see `part_codes`; None where there is no sidecar
     lengths   [documents] int32, tokens of each document
     pointers  [documents] int64, the byte of .bin at which each document begins
     details   of the manifest that `tpt preprocess` wrote; None where there is no manifest
@@ -85,6 +95,12 @@ class TokenDataset:
     def offsets(self) -> npt.NDArray[np.int64]:
         """[documents + 1], the token at which each document begins, and the number of tokens at the end: in memory, 8 bytes a document."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    @property
+    def part_codes(self) -> tuple[int, ...]:
+        """What its tokens can be: CHAT_PARTS where its manifest says so, else DOCUMENT_PARTS."""
+        names = (self.details or {}).get("parts")
+        return CHAT_PARTS if names == [PART_NAMES[part] for part in CHAT_PARTS] else DOCUMENT_PARTS
 
     def begin(self, document: int) -> int:
         """Return the token at which a document begins."""

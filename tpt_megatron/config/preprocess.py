@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,8 @@ from tpt_megatron.config.load import Config, OneOrMore
 from tpt_megatron.config.records import InputFields, OnBadRecord
 from tpt_megatron.tokenizer import END_OF_DOCUMENT
 
-Arm = Literal["vanilla", "append", "prepend", "interleave", "mixed"]
+Arm = Literal["vanilla", "append", "prepend", "interleave", "mixed", "chat"]
+DocumentArm = Literal["vanilla", "append", "prepend", "interleave", "mixed"]
 PlainArm = Literal["vanilla", "append", "prepend", "interleave"]
 
 
@@ -37,19 +38,40 @@ class NearDuplicates(Config):
     permutations: int = Field(128, ge=16, le=1024)
 
 
+class ChatConfig(Config):
+    """How messages become text, and which of it is the assistant's; for arms=[chat].
+
+    template   Jinja as Hugging Face has it: tokenizer takes the chat_template that lies with the tokenizer; chatml; or the path of a file
+    variables  what the template is given besides messages, special tokens and add_generation_prompt, for instance {enable_thinking: false}
+    learn      all: every turn of the assistant's counts as such; last: its last one, the others are prompt
+    """
+
+    template: str = "tokenizer"
+    variables: dict[str, Any] = {}
+    learn: Literal["all", "last"] = "all"
+
+
+class ChatFields(InputFields):
+    """`messages`: of a chat, its list of {role, content}."""
+
+    messages: str = "messages"
+
+
 class PreprocessConfig(Config):
-    """Augmented (or plain) documents in, one token dataset an arm out.
+    """Augmented (or plain) documents in, one token dataset an arm out; or chats in, one token dataset out.
 
     input                record files, folders of them, or globs; local or URLs
     output               folder; each arm gets `ARM/train.*` and, with a validation_fraction, `ARM/validation.*`
     tokenizer            `byte`, a tokenizer.json, a SentencePiece .model, or a folder that holds one
     end_of_document      the token that closes every document; must be one token of the tokenizer
     arms                 vanilla: document only; append: document, then thoughts (the paper's); prepend: thoughts first;
-                         interleave: each thought after the part of the document that it saw; mixed: see there
+                         interleave: each thought after the part of the document that it saw; mixed: see there;
+                         chat, alone: records are chats, and their tokens are prompt or the assistant's
     mixed                weights of the arms in the arm `mixed`; a document's hash decides which one it gets
     thoughts             joined: all thoughts of a document in one sequence; samples: a sequence for each thought
-    validation_fraction  share of the documents, chosen by the hash of their text, the same ones in every arm
-    deduplicate          none; exact: of documents with the same text the first one stays; near: of nearly the same text
+    validation_fraction  share of the documents, chosen by the hash of their text (or messages), the same ones in every arm
+    deduplicate          none; exact: of documents with the same text (of chats with the same messages) the first one stays; near: of nearly
+                         the same text, not for chats
     engine               what tokenizes: auto takes fastokens where it gives the ids that Hugging Face's tokenizers gives
     verify               on what that is checked: sample (of the input, at start) or full (every text; as slow as `tokenizers`)
     workers              processes on this machine
@@ -69,7 +91,8 @@ class PreprocessConfig(Config):
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     deduplicate: Literal["none", "exact", "near"] = "none"
     near_duplicates: NearDuplicates = NearDuplicates()
-    fields: InputFields = InputFields()
+    fields: ChatFields = ChatFields()
+    chat: ChatConfig = ChatConfig()
     on_bad_record: OnBadRecord = "set_aside"
     engine: Literal["auto", "fastokens", "tokenizers"] = "auto"
     verify: Literal["sample", "full"] = "sample"
@@ -87,7 +110,28 @@ class PreprocessConfig(Config):
         if re.match(r"[a-z0-9]+:/", str(self.output)):  # Path makes one slash of two
             raise ValueError(f"output={self.output} must be a folder of this machine: training maps datasets into memory")
         self.part_of_work()
+        self._chat_stands_alone()
         return self
+
+    @property
+    def reads_chats(self) -> bool:
+        """Whether records are chats."""
+        return "chat" in self.arms
+
+    def _chat_stands_alone(self) -> None:
+        """Refuse what chats have no use for, and what only they have."""
+        if not self.reads_chats:
+            if self.chat != ChatConfig():
+                raise ValueError(f"chat={self.chat.model_dump(exclude_defaults=True)} is for arms=['chat'], not for arms={list(self.arms)}")
+            return
+        if len(self.arms) > 1:
+            raise ValueError(f"arms={list(self.arms)}: chat reads chats, and the other arms read documents; give it a run and an output of its own")
+        if self.thoughts != "joined":
+            raise ValueError(f"thoughts={self.thoughts} is for arms of documents; arms=['chat'] has no thoughts")
+        if self.deduplicate == "near":
+            raise ValueError("deduplicate=near compares documents; with arms=['chat'] give exact or none")
+        if self.delimiters != Delimiters():
+            raise ValueError(f"delimiters={self.delimiters.model_dump(exclude_defaults=True)} are for thoughts; what stands in a chat is its template's")
 
     def part_of_work(self) -> tuple[int, int]:
         """Return (number from 0, how many) of the parts that the work is cut into; (0, 1) without `shard`."""

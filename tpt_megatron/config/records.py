@@ -11,7 +11,7 @@ OnBadRecord = Literal["set_aside", "fail"]
 
 
 class InputFields(Config):
-    """Names of the fields of an input record. A record without `id` gets one made from its text."""
+    """Names of the fields of an input record. A record without `id` gets one made from its text, or messages."""
 
     text: str = "text"
     id: str = "id"

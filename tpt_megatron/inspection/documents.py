@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING, TokenDataset, sidecar
+from tpt_megatron.datasets import PART_NAMES, TokenDataset, sidecar
 from tpt_megatron.inspection.printing import DIM, THINKING_STYLE, has_colours, print_line, printable, thinking_mark
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerLike, load_tokenizer
 
@@ -30,7 +30,8 @@ def print_documents(dataset: TokenDataset, count: int, console: Console) -> None
     tokenizer = load_tokenizer(str(path), details["end_of_document"]) if path is not None and "end_of_document" in details else None
     legend = Text("\nfirst documents" + ("" if tokenizer else ", as ids: the dataset has no tokenizer"))
     if dataset.parts is not None:
-        legend.append(": document  ").append(thinking_mark("thinking", has_colours(console)), THINKING_STYLE)
+        plain, marked = (PART_NAMES[part] for part in dataset.part_codes)
+        legend.append(f": {plain}  ").append(thinking_mark(marked, has_colours(console)), THINKING_STYLE)
     if eod is not None:
         legend.append("  end of document", DIM)
     print_line(console, legend)
@@ -43,18 +44,19 @@ def print_documents(dataset: TokenDataset, count: int, console: Console) -> None
 def document_text(dataset: TokenDataset, begin: int, end: int, tokenizer: TokenizerLike | None, eod: int | None, *, coloured: bool) -> Text:
     """Return tokens [begin, end) as text, run by run of one part; the middle of more than TOKENS_SHOWN is left out, with a note."""
     text = Text()
+    plain, marked = dataset.part_codes
     half = TOKENS_SHOWN // 2
     spans = [(begin, end)] if end - begin <= TOKENS_SHOWN else [(begin, begin + half), (end - half, end)]
     for number, (first, last) in enumerate(spans):
         if number:
             text.append(f"\n[… {end - begin - 2 * half:,} tokens …]\n", DIM)
         ids = np.asarray(dataset.tokens[first:last]).astype(np.int64)
-        kinds = np.full(len(ids), PART_DOCUMENT) if dataset.parts is None else np.asarray(dataset.parts[first:last]).astype(np.int64)
+        kinds = np.full(len(ids), plain) if dataset.parts is None else np.asarray(dataset.parts[first:last]).astype(np.int64)
         if eod is not None:
-            kinds = np.where((ids == eod) & (kinds == PART_DOCUMENT), _END, kinds)
+            kinds = np.where((ids == eod) & (kinds == plain), _END, kinds)
         for kind, run in groupby(zip(kinds.tolist(), ids.tolist(), strict=True), key=lambda pair: pair[0]):
             shown = _decoded([token for _, token in run], tokenizer)
-            if kind == PART_THINKING:
+            if kind == marked:
                 text.append(thinking_mark(shown, coloured), THINKING_STYLE)
             else:
                 text.append(shown, DIM if kind == _END else "")

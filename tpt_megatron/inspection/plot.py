@@ -12,7 +12,7 @@ from tpt_megatron.inspection.summary import Summary, count_in, log_edges, shown_
 
 SOURCES_DRAWN = 15
 ENDINGS = (".png", ".svg", ".pdf")
-_COLOURS = {"whole": "#4c566a", "document": "#2a7fb8", "thinking": "#d1495b"}
+_COLOURS = {"whole": "#4c566a", "document": "#2a7fb8", "thinking": "#d1495b", "prompt": "#2a7fb8", "assistant": "#d1495b"}
 # Above the axes, where it lies over no data.
 _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
 _LEGEND |= {"columnspacing": 1.2, "handlelength": 1.4}
@@ -81,10 +81,13 @@ def _draw_sources(axis: Any, summary: Summary) -> None:
     rows = summary.by_source[:SOURCES_DRAWN][::-1]
     names = [name if len(name := table_name(row.name)) <= 30 else f"{name[:29]}…" for row in rows]
     places = range(len(rows))  # not the names themselves: two that are cut alike must not share a bar
-    document = [row.tokens_document for row in rows]
-    axis.barh(places, document, height=0.65, color=_COLOURS["document"], label="document")
-    if any(row.tokens_thinking for row in rows):
-        axis.barh(places, [row.tokens_thinking for row in rows], height=0.65, left=document, color=_COLOURS["thinking"], label="thinking")
+    drawn = [0] * len(rows)
+    for name in summary.parts or ():
+        counts = [row.by_part[name] for row in rows]
+        if any(counts):
+            axis.barh(places, counts, height=0.65, left=drawn, color=_COLOURS[name], label=name)
+            drawn = [before + count for before, count in zip(drawn, counts, strict=True)]
+    if len(axis.containers) > 1:
         axis.legend(**_LEGEND)
     axis.set_yticks(places, names)
     axis.tick_params(axis="y", length=0)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tpt_megatron.datasets import MANIFEST_KIND, TokenDataset, open_dataset, sidecar
+from tpt_megatron.datasets import DOCUMENT_PARTS, MANIFEST_KIND, PART_NAMES, TokenDataset, open_dataset, sidecar
 from tpt_megatron.errors import DataError, UsageError
 from tpt_megatron.files import read_manifest
 from tpt_megatron.inspection.documents import print_documents, tokenizer_file
@@ -19,8 +19,8 @@ from tpt_megatron.inspection.verify import verify
 from tpt_megatron.storage import locate
 
 SOURCES_SHOWN = 30
+_DOCUMENT = tuple(PART_NAMES[part] for part in DOCUMENT_PARTS)
 SIDECARS = ("parts.bin", "sources.bin", "documents.parquet", "tokenizer.json", "tokenizer.model", "manifest.json")
-PARTS = {"tokens_document": "document", "tokens_thinking": "thinking"}
 
 
 def inspect_path(path: str | Path, console: Console, *, documents: int, plot: Path | None, check: bool) -> None:
@@ -93,11 +93,12 @@ def _verify(prefixes: list[Path], console: Console) -> None:
 
 
 def _show_folder(folder: Path, prefixes: list[Path], console: Console) -> None:
-    table = counts_table("dataset", ("sequences", "tokens", "document", "thinking", "mean length"))
-    for prefix in prefixes:
-        summary = summarise(open_dataset(prefix))
-        thinking = None if summary.thinking is None else int(summary.thinking.sum(dtype="int64"))
-        parts = ("-", "-") if thinking is None else (f"{summary.tokens - thinking:,}", f"{thinking:,}")
+    summaries = {prefix: summarise(open_dataset(prefix)) for prefix in prefixes}
+    names = list(dict.fromkeys(name for summary in summaries.values() for name in summary.parts or _DOCUMENT))
+    table = counts_table("dataset", ("sequences", "tokens", *names, "mean length"))
+    for prefix, summary in summaries.items():
+        counted = summary.tokens_by_part
+        parts = (f"{counted[name]:,}" if name in counted else "-" for name in names)
         row = (f"{len(summary.lengths):,}", f"{summary.tokens:,}", *parts, f"{summary.tokens / len(summary.lengths):,.1f}")
         table.add_row(Text(one_line(str(prefix.relative_to(folder)))), *row)
     print_table(console, table)
@@ -132,15 +133,10 @@ def _facts(dataset: TokenDataset, summary: Summary) -> list[tuple[str, str]]:
     facts.append(("sidecars", ", ".join(present) if present else "none: a plain Megatron dataset"))
     # From the files themselves; --verify tells where the manifest's counts differ.
     counted = {"sequences": len(summary.lengths), "tokens": summary.tokens}
-    if summary.thinking is not None:
-        thinking = int(summary.thinking.sum(dtype="int64"))
-        counted |= {"tokens_document": summary.tokens - thinking, "tokens_thinking": thinking}
-    facts += [
-        (f"  {PARTS[name]}" if name in PARTS else name, f"{count:,}" + (f" ({count / summary.tokens:.1%})" if name in PARTS else ""))
-        for name, count in counted.items()
-    ]
+    facts += [(name, f"{count:,}") for name, count in counted.items()]
+    facts += [(f"  {name}", f"{count:,} ({count / summary.tokens:.1%})") for name, count in summary.tokens_by_part.items()]
     counts = read_manifest(sidecar(prefix, "manifest.json"), MANIFEST_KIND).counts if dataset.details is not None else {}
-    others = {name: count for name, count in counts.items() if name not in (*counted, *PARTS)}
+    others = {name: count for name, count in counts.items() if name not in counted and not name.startswith("tokens_")}
     if others:
         facts.append(("from the manifest", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in others.items())))
     return facts
@@ -161,11 +157,10 @@ def _tokenizer_facts(prefix: Path, details: dict[str, Any]) -> list[tuple[str, s
 def _show_sources(summary: Summary, console: Console) -> None:
     if summary.by_source is None:
         return
-    table = counts_table("source", ("sequences", "tokens", "document", "thinking", "mean length"))
+    table = counts_table("source", ("sequences", "tokens", *(summary.parts or ()), "mean length"))
     for row in summary.by_source[:SOURCES_SHOWN]:
-        tokens = row.tokens_document + row.tokens_thinking
-        numbers = (row.sequences, tokens, row.tokens_document, row.tokens_thinking)
-        table.add_row(Text(table_name(row.name)), *(f"{number:,}" for number in numbers), f"{tokens / row.sequences:,.1f}")
+        numbers = (row.sequences, row.tokens, *row.by_part.values())
+        table.add_row(Text(table_name(row.name)), *(f"{number:,}" for number in numbers), f"{row.tokens / row.sequences:,.1f}")
     print_table(console, table)
     if len(summary.by_source) > SOURCES_SHOWN:
         print_line(console, f"and {len(summary.by_source) - SOURCES_SHOWN} more sources")

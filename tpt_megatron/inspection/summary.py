@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tpt_megatron.datasets import PART_THINKING, SOURCE_DTYPE, TokenDataset, sidecar
+from tpt_megatron.datasets import PART_NAMES, SOURCE_DTYPE, TokenDataset, sidecar
 from tpt_megatron.errors import DataError
 
 TOKENS_AT_ONCE = 1 << 22
@@ -20,20 +20,24 @@ PERCENTILES = (1, 10, 50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class SourceCounts:
-    """Sequences and tokens of one source; name is None for sequences without one."""
+    """Sequences, and tokens by the part's name, of one source; name is None for sequences without one."""
 
     name: str | None
     sequences: int
-    tokens_document: int
-    tokens_thinking: int
+    by_part: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return sum(self.by_part.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """lengths and thinking: tokens of each sequence, all and thinking ones, [sequences]; thinking and by_source are None without sidecars."""
+    """lengths: tokens of each sequence, [sequences]; parts: those of each part, by its name; parts and by_source are None without sidecars."""
 
     lengths: npt.NDArray[np.int32]
-    thinking: npt.NDArray[np.int32] | None
+    parts: dict[str, npt.NDArray[np.int32]] | None
     by_source: list[SourceCounts] | None
 
     @property
@@ -42,44 +46,51 @@ class Summary:
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
-    def document(self) -> npt.NDArray[np.int32] | None:
-        """Tokens of each sequence that are not thinking."""
-        return None if self.thinking is None else self.lengths - self.thinking
+    def tokens_by_part(self) -> dict[str, int]:
+        """All tokens by the part's name; empty without sidecars."""
+        return {name: int(values.sum(dtype=np.int64)) for name, values in (self.parts or {}).items()}
 
 
 def summarise(dataset: TokenDataset) -> Summary:
     """Read parts and sources once, a block at a time. DataError when the sources do not belong to the dataset."""
-    thinking = None if dataset.parts is None else thinking_of(dataset)
+    parts = None if dataset.parts is None else part_lengths(dataset)
     names = None if dataset.details is None else dataset.details.get("sources")
     path = sidecar(dataset.prefix, "sources.bin")
-    by_source = _count_sources(dataset.lengths, thinking, names, path) if names is not None and path.is_file() and thinking is not None else None
-    return Summary(dataset.lengths, thinking, by_source)
+    by_source = _count_sources(parts, names, path) if names is not None and path.is_file() and parts is not None else None
+    return Summary(dataset.lengths, parts, by_source)
 
 
-def _count_sources(lengths: npt.NDArray[np.int32], thinking: npt.NDArray[np.int32], names: list[str | None], path: Path) -> list[SourceCounts]:
-    if path.stat().st_size != len(lengths) * SOURCE_DTYPE.itemsize:
-        raise DataError(f"{path}: {path.stat().st_size} bytes for {len(lengths)} sequences; the files do not belong together, make the dataset again")
+def _count_sources(parts: dict[str, npt.NDArray[np.int32]], names: list[str | None], path: Path) -> list[SourceCounts]:
+    sequences = len(next(iter(parts.values())))
+    if path.stat().st_size != sequences * SOURCE_DTYPE.itemsize:
+        raise DataError(f"{path}: {path.stat().st_size} bytes for {sequences} sequences; the files do not belong together, make the dataset again")
     numbers = np.memmap(path, SOURCE_DTYPE, mode="r")
     if int(numbers.max()) >= len(names):
         raise DataError(f"{path}: source {int(numbers.max())} of {len(names)}; the files do not belong together, make the dataset again")
-    counts = np.zeros((3, len(names)), np.int64)  # sequences, tokens of documents, tokens of thinking
+    counts = np.zeros((1 + len(parts), len(names)), np.int64)  # sequences, tokens of each part
     for begin in range(0, len(numbers), SEQUENCES_AT_ONCE):
         span = slice(begin, begin + SEQUENCES_AT_ONCE)
-        for row, weights in enumerate((None, lengths[span] - thinking[span], thinking[span])):
+        for row, weights in enumerate((None, *(values[span] for values in parts.values()))):
             counts[row] += np.bincount(numbers[span], weights, len(names)).astype(np.int64)
-    rows = [SourceCounts(name, *counts[:, i].tolist()) for i, name in enumerate(names) if counts[0, i]]
-    return sorted(rows, key=lambda row: -(row.tokens_document + row.tokens_thinking))
+    rows = [
+        SourceCounts(name, int(counts[0, i]), dict(zip(parts, counts[1:, i].tolist(), strict=True))) for i, name in enumerate(names) if counts[0, i]
+    ]
+    return sorted(rows, key=lambda row: -row.tokens)
 
 
-def thinking_of(dataset: TokenDataset) -> npt.NDArray[np.int32]:
-    """Return the thinking tokens of each sequence: [sequences]."""
+def part_lengths(dataset: TokenDataset) -> dict[str, npt.NDArray[np.int32]]:
+    """Return the tokens of each sequence that are of each part, by its name: [sequences]. The first part has what is of no other one."""
     assert dataset.parts is not None
-    found = np.zeros(len(dataset.lengths), np.int32)
+    first_part, *others = dataset.part_codes
+    found = {part: np.zeros(len(dataset.lengths), np.int32) for part in others}
     for first, last, begin, end in blocks(dataset):
-        marked = np.concatenate(([0], np.cumsum(np.asarray(dataset.parts[begin:end]) == PART_THINKING, dtype=np.int32)))
         bounds = np.clip(dataset.offsets[first : last + 1] - begin, 0, end - begin)
-        found[first:last] += marked[bounds[1:]] - marked[bounds[:-1]]
-    return found
+        codes = np.asarray(dataset.parts[begin:end])
+        for part, lengths in found.items():
+            marked = np.concatenate(([0], np.cumsum(codes == part, dtype=np.int32)))
+            lengths[first:last] += marked[bounds[1:]] - marked[bounds[:-1]]
+    rest = dataset.lengths - np.sum(list(found.values()), axis=0, dtype=np.int32)
+    return {PART_NAMES[part]: lengths for part, lengths in ((first_part, rest), *found.items())}
 
 
 def blocks(dataset: TokenDataset) -> Iterator[tuple[int, int, int, int]]:
@@ -120,7 +131,7 @@ def count_in(lengths: npt.NDArray[Any], edges: npt.NDArray[np.int64]) -> list[in
 
 
 def distribution(summary: Summary, bins: int = 12) -> list[tuple[int, int, dict[str, int]]]:
-    """Return (from, to, sequences by part) over bins that whole, document and thinking share; a bin [0, 1) comes first where it holds any."""
+    """Return (from, to, sequences by part) over bins that the whole and its parts share; a bin [0, 1) comes first where it holds any."""
     kinds = shown_kinds(summary)
     shortest = min(int(values[values > 0].min()) for values in kinds.values() if (values > 0).any())
     edges = log_edges(shortest, int(summary.lengths.max()), bins)
@@ -131,8 +142,6 @@ def distribution(summary: Summary, bins: int = 12) -> list[tuple[int, int, dict[
 
 
 def shown_kinds(summary: Summary) -> dict[str, npt.NDArray[np.int32]]:
-    """Return the lengths that are worth showing: of whole sequences, and of their parts where any thinks."""
-    kinds = {"whole": summary.lengths}
-    if summary.document is not None and summary.thinking is not None and summary.thinking.any():
-        kinds |= {"document": summary.document, "thinking": summary.thinking}
-    return kinds
+    """Return the lengths that are worth showing: of whole sequences, and of their parts where there are several."""
+    kinds, parts = {"whole": summary.lengths}, summary.parts or {}
+    return kinds | parts if sum(bool(values.any()) for values in parts.values()) > 1 else kinds

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tpt_megatron.datasets import DOCUMENT_COLUMNS, MANIFEST_KIND, PART_DOCUMENT, PART_THINKING, SOURCE_DTYPE, TokenDataset, open_dataset, sidecar
+from tpt_megatron.datasets import CHAT_PARTS, MANIFEST_KIND, PART_DOCUMENT, SOURCE_DTYPE, TokenDataset, document_columns, open_dataset, sidecar
 from tpt_megatron.errors import DataError, TptError
 from tpt_megatron.files import Manifest, read_manifest, sha256_of
 from tpt_megatron.inspection.documents import tokenizer_file
-from tpt_megatron.inspection.summary import blocks, thinking_of
+from tpt_megatron.inspection.summary import blocks, part_lengths
 from tpt_megatron.tokenizer import load_tokenizer
 
 ROWS_AT_ONCE = 1 << 16
@@ -56,12 +56,12 @@ def verify(prefix: Path, say: Callable[[str, list[str]], None]) -> int:
         check("details of the manifest", iter([f"{sidecar(prefix, 'manifest.json')}: its details lack {', '.join(lacking)}; nothing more can be checked"]))
         return found
     check("ids and end-of-document tokens", _ids(dataset, manifest.details))
-    thinking = None
+    lengths: dict[str, npt.NDArray[np.int32]] = {}
     if dataset.parts is not None:
-        thinking = thinking_of(dataset)
+        lengths = part_lengths(dataset)
         check("parts", _parts(dataset))
-        check("document table and sources", _table(dataset, thinking, manifest.details["sources"]))
-    check("counts of the manifest", _counts(dataset, thinking, manifest))
+        check("document table and sources", _table(dataset, lengths, manifest.details["sources"]))
+    check("counts of the manifest", _counts(dataset, lengths, manifest))
     check("tokenizer", _tokenizer(prefix, manifest.details))
     return found
 
@@ -102,7 +102,7 @@ def _ids(dataset: TokenDataset, details: dict[str, Any]) -> Iterator[str]:
     path = sidecar(dataset.prefix, "bin")
     if outside.count:
         yield f"{path}: {outside.count} ids are outside the vocabulary of {vocabulary}, the first {outside.where(dataset)}"
-    if inside.count:
+    if inside.count and dataset.part_codes != CHAT_PARTS:  # a chat template may end every turn with it
         yield f"{path}: {inside.count} end-of-document tokens stand inside a sequence, the first {inside.where(dataset)}"
     if missing.count:
         yield f"{path}: {missing.count} sequences do not end with the end-of-document token {eod}, the first {missing.where(dataset)}"
@@ -116,11 +116,11 @@ def _parts(dataset: TokenDataset) -> Iterator[str]:
         parts = np.asarray(dataset.parts[begin:end])
         is_last = np.zeros(end - begin, np.bool_)
         is_last[_last_tokens(dataset, first, last, begin, end)] = True
-        unknown.add((parts != PART_DOCUMENT) & (parts != PART_THINKING), begin)
+        unknown.add(~np.isin(parts, dataset.part_codes), begin)
         marked.add(is_last & (parts != PART_DOCUMENT), begin)
     if unknown.count:
         yield f"{path}: {unknown.count} tokens are of no known part, the first {unknown.where(dataset)}"
-    if marked.count:
+    if marked.count and dataset.part_codes != CHAT_PARTS:  # of a chat it is whatever ends the last turn
         yield f"{path}: {marked.count} end-of-document tokens are not marked as document, the first {marked.where(dataset)}"
 
 
@@ -149,9 +149,9 @@ def _last_tokens(dataset: TokenDataset, first: int, last: int, begin: int, end: 
     return places[places < end - begin]
 
 
-def _table(dataset: TokenDataset, thinking: npt.NDArray[np.int32], names: list[str | None]) -> Iterator[str]:
+def _table(dataset: TokenDataset, lengths: dict[str, npt.NDArray[np.int32]], names: list[str | None]) -> Iterator[str]:
     path, sources = sidecar(dataset.prefix, "documents.parquet"), sidecar(dataset.prefix, "sources.bin")
-    count = len(dataset.lengths)
+    count, columns = len(dataset.lengths), document_columns(dataset.part_codes)
     size = sources.stat().st_size if sources.is_file() else 0
     if size != count * SOURCE_DTYPE.itemsize:
         yield f"{sources}: {size} bytes, not one number of a source for each of {count} sequences"
@@ -162,24 +162,24 @@ def _table(dataset: TokenDataset, thinking: npt.NDArray[np.int32], names: list[s
         return
     try:
         with pq.ParquetFile(path) as file:
-            if tuple(file.schema_arrow.names) != DOCUMENT_COLUMNS:
-                yield f"{path}: its columns are {', '.join(file.schema_arrow.names)}; expected {', '.join(DOCUMENT_COLUMNS)}"
+            if tuple(file.schema_arrow.names) != columns:
+                yield f"{path}: its columns are {', '.join(file.schema_arrow.names)}; expected {', '.join(columns)}"
             elif file.metadata.num_rows != count:
                 yield f"{path}: {file.metadata.num_rows} rows for {count} sequences"
             else:
-                yield from _rows(file, path, dataset, thinking, pa.array(names, pa.string()), numbers)
+                yield from _rows(file, path, dataset, lengths, pa.array(names, pa.string()), numbers)
     except (OSError, ValueError, pa.ArrowException) as error:
         yield f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})"
 
 
 def _rows(
-    file: pq.ParquetFile, path: Path, dataset: TokenDataset, thinking: npt.NDArray[np.int32], names: pa.Array, numbers: npt.NDArray[np.uint16]
+    file: pq.ParquetFile, path: Path, dataset: TokenDataset, lengths: dict[str, npt.NDArray[np.int32]], names: pa.Array, numbers: npt.NDArray[np.uint16]
 ) -> Iterator[str]:
     wrong: dict[str, list[int]] = {}  # column: [rows that are wrong, the first of them]
     at = 0
-    for batch in file.iter_batches(ROWS_AT_ONCE, columns=["source", "tokens_document", "tokens_thinking", "offset"]):
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=["source", *(f"tokens_{name}" for name in lengths), "offset"]):
         span = slice(at, at + batch.num_rows)
-        expected = {"tokens_document": dataset.lengths[span] - thinking[span], "tokens_thinking": thinking[span], "offset": dataset.offsets[:-1][span]}
+        expected = {**{f"tokens_{name}": values[span] for name, values in lengths.items()}, "offset": dataset.offsets[:-1][span]}
         differ = {name: pc.fill_null(batch.column(name).cast(pa.int64()), -1).to_numpy(zero_copy_only=False) != held for name, held in expected.items()}
         source, held = batch.column("source").cast(pa.string()), names.take(pa.array(numbers[span]))
         agree = pc.or_(pc.fill_null(pc.equal(source, held), False), pc.and_(pc.is_null(source), pc.is_null(held)))
@@ -196,12 +196,10 @@ def _rows(
             yield f"{path}: row {first}, {name}: not what the dataset holds ({count} such rows)"
 
 
-def _counts(dataset: TokenDataset, thinking: npt.NDArray[np.int32] | None, manifest: Manifest) -> Iterator[str]:
+def _counts(dataset: TokenDataset, lengths: dict[str, npt.NDArray[np.int32]], manifest: Manifest) -> Iterator[str]:
     path, counts = sidecar(dataset.prefix, "manifest.json"), manifest.counts
     found = {"sequences": len(dataset.lengths), "tokens": int(dataset.offsets[-1])}
-    if thinking is not None:
-        found["tokens_thinking"] = int(thinking.sum(dtype=np.int64))
-        found["tokens_document"] = found["tokens"] - found["tokens_thinking"]
+    found |= {f"tokens_{name}": int(values.sum(dtype=np.int64)) for name, values in lengths.items()}
     for name, value in found.items():
         if counts.get(name) != value:
             yield f"{path}: {name} is {counts.get(name)}, the dataset holds {value}"

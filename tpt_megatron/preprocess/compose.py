@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-from tpt_megatron.config.preprocess import Arm, PlainArm
+from tpt_megatron.config.preprocess import DocumentArm, PlainArm
 from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING
 
 
@@ -98,7 +98,7 @@ def in_validation(sha256: bytes, fraction: float) -> bool:
     return int.from_bytes(sha256[:8], "big") < fraction * 2**64
 
 
-def plain_arm(arm: Arm, sha256: bytes, weights: Mapping[PlainArm, float]) -> PlainArm:
+def plain_arm(arm: DocumentArm, sha256: bytes, weights: Mapping[PlainArm, float]) -> PlainArm:
     """Return the arm by which the document whose text has this SHA-256 is arranged in `arm`; `mixed` draws it by weight.
 
     The draw is of other bits than the split's, so that both splits are mixed alike.

@@ -1,12 +1,13 @@
 """Writing parts of token datasets, which `joining.py` makes whole.
 
-A part is what one piece of the input gives to one arm and split: STEM.bin, .runs.bin (RUN: so many tokens of document or of thinking,
-within one sequence), .lengths.bin (int32 a sequence), .sources.bin (the part's own numbers), .documents.parquet (without offsets), and
+A part is what one piece of the input gives to one arm and split: STEM.bin, .runs.bin (RUN: so many tokens that are all document, or all
+thinking, ..., within one sequence), .lengths.bin (int32 a sequence), .sources.bin (the part's own numbers), .documents.parquet (without offsets), and
 .ordinals.bin (uint32 a sequence: the document's number in the piece) where duplicates are to be left out.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -19,19 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING, SOURCE_DTYPE, sidecar
+from tpt_megatron.datasets import DOCUMENT_PARTS, PART_DOCUMENT, PART_NAMES, SOURCE_DTYPE, sidecar
 from tpt_megatron.errors import DataError
 
 ROWS_PER_GROUP = 20_000
-COLUMNS = [
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("sample", pa.int32(), nullable=False),
-    pa.field("source", pa.string()),
-    pa.field("generator", pa.string()),
-    pa.field("tokens_document", pa.int32(), nullable=False),
-    pa.field("tokens_thinking", pa.int32(), nullable=False),
-]
-_SCHEMA = pa.schema(COLUMNS)
 RUN = np.dtype([("part", np.uint8), ("tokens", np.uint32)])
 PART_ENDINGS = ("bin", "runs.bin", "lengths.bin", "sources.bin", "ordinals.bin", "documents.parquet")
 _MOST_SOURCES = np.iinfo(SOURCE_DTYPE).max + 1
@@ -41,18 +33,28 @@ Segments = Sequence[tuple[int, Any]]
 """(part, ids) of one sequence; ids are an array of uint32, or have `blocks()` that yields such."""
 
 
+def columns(parts: Sequence[int]) -> list[pa.Field]:
+    """Return the columns of the document table without offsets; `parts`: what tokens can be."""
+    return [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("generator", pa.string()),
+        *(pa.field(f"tokens_{PART_NAMES[part]}", pa.int32(), nullable=False) for part in parts),
+    ]
+
+
 @dataclass(slots=True)
 class TokenCounts:
-    """What was written: tokens == tokens_document + tokens_thinking; the end-of-document token counts as document."""
+    """What was written: sequences, and tokens by part."""
 
     sequences: int = 0
-    tokens_document: int = 0
-    tokens_thinking: int = 0
+    by_part: Counter[int] = field(default_factory=Counter)
 
     @property
     def tokens(self) -> int:
         """All tokens."""
-        return self.tokens_document + self.tokens_thinking
+        return self.by_part.total()
 
 
 class SourceNumbers:
@@ -97,13 +99,19 @@ class _Batch:
 
 
 class PartWriter:
-    """Writes one part of a dataset. Sequences are gathered by `add` and written by `flush`. Memory: one batch, and a row group of the table."""
+    """Writes one part of a dataset. Sequences are gathered by `add` and written by `flush`. Memory: one batch, and a row group of the table.
 
-    def __init__(self, stem: Path, dtype: np.dtype[Any], eod_id: int, sources: SourceNumbers, *, ordinals: bool) -> None:
+    parts: what tokens can be, DOCUMENT_PARTS or CHAT_PARTS.
+    """
+
+    def __init__(
+        self, stem: Path, dtype: np.dtype[Any], eod_id: int, sources: SourceNumbers, *, ordinals: bool, parts: Sequence[int] = DOCUMENT_PARTS
+    ) -> None:
         self._stem, self._dtype, self._sources = stem, dtype, sources
         self._end = np.array([eod_id], np.uint32)
         self._batch = _Batch()
-        self._columns: list[list[Any]] = [[] for _ in COLUMNS]
+        self._parts, self._schema = parts, pa.schema(columns(parts))
+        self._columns: list[list[Any]] = [[] for _ in self._schema]
         self._with_ordinals = ordinals
         self._files: dict[str, IO[bytes]] = {}
         self._table: Any = None
@@ -113,7 +121,7 @@ class PartWriter:
         for ending in PART_ENDINGS:
             if ending != "documents.parquet" and (ending != "ordinals.bin" or self._with_ordinals):
                 self._files[ending] = self._stack.enter_context(open(sidecar(self._stem, ending), "wb"))
-        self._table = pq.ParquetWriter(sidecar(self._stem, "documents.parquet"), _SCHEMA)
+        self._table = pq.ParquetWriter(sidecar(self._stem, "documents.parquet"), self._schema)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -126,14 +134,14 @@ class PartWriter:
                 with suppress(OSError):  # on a full disk the footer cannot be written; the error that matters is on its way already
                     self._table.close()
 
-    def add(self, segments: Segments, row: Row) -> None:
-        """Take one sequence; the end-of-document token is added."""
+    def add(self, segments: Segments, row: Row, end: int = PART_DOCUMENT) -> None:
+        """Take one sequence; the end-of-document token is added, of part `end`."""
         batch = self._batch
         for part, ids in segments:
             batch.segments.append(ids)
             batch.parts.append(part)
         batch.segments.append(self._end)
-        batch.parts.append(PART_DOCUMENT)
+        batch.parts.append(end)
         batch.segments_of.append(len(segments) + 1)
         batch.rows.append(row)
 
@@ -160,7 +168,7 @@ class PartWriter:
         np.cumsum(segments_of[:-1], out=first[1:])
         counted = np.array(tokens, np.int64)
         lengths = np.add.reduceat(counted, first)
-        thinking = np.add.reduceat(np.where(np.array(parts) == PART_THINKING, counted, 0), first)
+        by_part = [np.add.reduceat(np.where(np.array(parts) == part, counted, 0), first).tolist() for part in self._parts]
         if lengths.max() > _LONGEST_SEQUENCE:
             raise DataError(f"document {rows[int(lengths.argmax())].id!r} has {lengths.max():,} tokens; Megatron's format holds {_LONGEST_SEQUENCE:,} at most")
         runs = np.empty(len(parts), RUN)
@@ -171,13 +179,13 @@ class PartWriter:
         if self._with_ordinals:
             self._files["ordinals.bin"].write(np.array([row.ordinal for row in rows], np.uint32).data)
         values = ([row.id for row in rows], [row.sample for row in rows], [row.source for row in rows], [row.generator for row in rows])
-        for column, more in zip(self._columns, (*values, (lengths - thinking).tolist(), thinking.tolist()), strict=True):
+        for column, more in zip(self._columns, (*values, *by_part), strict=True):
             column.extend(more)
         if len(self._columns[0]) >= ROWS_PER_GROUP:
             self._write_rows()
 
     def _write_rows(self) -> None:
         if self._columns[0]:
-            arrays = [pa.array(column, entry.type) for column, entry in zip(self._columns, COLUMNS, strict=True)]
-            self._table.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA))
-            self._columns = [[] for _ in COLUMNS]
+            arrays = [pa.array(column, entry.type) for column, entry in zip(self._columns, self._schema, strict=True)]
+            self._table.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+            self._columns = [[] for _ in self._schema]

@@ -43,18 +43,27 @@ TEXT_AT_ONCE = 1_000_000
 """Characters of a batch that Hugging Face's tokenizers is given at once."""
 
 
-def choose_engine(tokenizer: TokenizerLike, wanted: Literal["auto", "fastokens", "tokenizers"], sample: Sequence[str], *, verify_all: bool = False) -> Encoder:
+def choose_engine(
+    tokenizer: TokenizerLike,
+    wanted: Literal["auto", "fastokens", "tokenizers"],
+    sample: Sequence[str],
+    *,
+    verify_all: bool = False,
+    reads_special: bool = False,
+) -> Encoder:
     """Return an encoder of the engine that is to tokenise: fastokens where it can, unless `wanted` says otherwise, and a line in the log where it cannot.
+
+    reads_special: see Encoder.
 
     Raises MachineError or ConfigError where fastokens is wanted and is not installed, cannot do this tokenizer, or differs on a text of `sample`.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return Encoder(tokenizer, "sentencepiece")
-    reference = Encoder(tokenizer, "tokenizers")
+    reference = Encoder(tokenizer, "tokenizers", reads_special=reads_special)
     if wanted == "tokenizers":
         return reference
     try:
-        fast = Encoder(tokenizer, "fastokens")
+        fast = Encoder(tokenizer, "fastokens", reads_special=reads_special)
     except ImportError:
         if wanted == "fastokens":
             raise MachineError("engine=fastokens is not installed; run: pip install fastokens") from None
@@ -76,18 +85,22 @@ def choose_engine(tokenizer: TokenizerLike, wanted: Literal["auto", "fastokens",
 
 
 class Encoder:
-    """Texts to ids, by `engine`; with `verify_all` also by the reference, which takes over for good where they differ."""
+    """Texts to ids, by `engine`; with `verify_all` also by the reference, which takes over for good where they differ.
 
-    def __init__(self, tokenizer: TokenizerLike, engine: Engine, *, verify_all: bool = False) -> None:
+    reads_special: text that spells a special token is that token, as in what a chat template writes; otherwise it is text.
+    """
+
+    def __init__(self, tokenizer: TokenizerLike, engine: Engine, *, verify_all: bool = False, reads_special: bool = False) -> None:
         self.engine: Engine = engine
         self._tokenizer = tokenizer
+        self._reads_special = reads_special
         self.verify_all = verify_all and engine == "fastokens"
         self._encode: _Fastokens | _HuggingFace | _SentencePiece
         if isinstance(tokenizer, SentencePieceTokenizer):
             self._encode = _SentencePiece(tokenizer)
         else:
             assert isinstance(tokenizer, Tokenizer)
-            self._encode = _Fastokens(tokenizer) if engine == "fastokens" else _HuggingFace(tokenizer)
+            self._encode = _Fastokens(tokenizer, reads_special) if engine == "fastokens" else _HuggingFace(tokenizer, reads_special)
 
     def encode(self, texts: Sequence[str]) -> Batch:
         """Return the ids of all texts, and where each text's begin."""
@@ -95,7 +108,7 @@ class Encoder:
         if not self.verify_all:
             return made
         assert isinstance(self._tokenizer, Tokenizer)
-        reference = _HuggingFace(self._tokenizer)
+        reference = _HuggingFace(self._tokenizer, self._reads_special)
         expected = reference.encode(texts)
         difference = _difference(texts, made, expected)
         if difference is not None:
@@ -209,16 +222,17 @@ def _difference(texts: Sequence[str], made: Batch, expected: Batch) -> str | Non
 class _Fastokens:
     """fastokens on one thread: there is a process for each core."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, reads_special: bool) -> None:
         from fastokens import Tokenizer as Fast
 
         self._fast: Any = Fast.from_json_str(tokenizer.definition)
+        self._special_is_text = not reads_special
         with _one_core():  # its threads are made at the first call, as many as there are cores to run on
             self._fast.encode_batch_flat(["a", "b"], False, True)
 
     def encode(self, texts: Sequence[str]) -> Batch:
-        """Encode; special tokens' text is text."""
-        ids, bounds = self._fast.encode_batch_flat(list(texts), False, True)
+        """Encode."""
+        ids, bounds = self._fast.encode_batch_flat(list(texts), False, self._special_is_text)
         return np.frombuffer(ids, np.uint32), np.frombuffer(bounds, np.int64)
 
 
@@ -238,8 +252,9 @@ def _one_core() -> Iterator[None]:
 class _HuggingFace:
     """Hugging Face's tokenizers: the reference."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend: tokenizers.Tokenizer = tokenizer.backend
+    def __init__(self, tokenizer: Tokenizer, reads_special: bool) -> None:
+        # In what the definition describes, special tokens are read: that they are text is the setting of `Tokenizer`.
+        self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(tokenizer.definition) if reads_special else tokenizer.backend
 
     def encode(self, texts: Sequence[str]) -> Batch:
         """Encode, a bounded amount of text at a time."""

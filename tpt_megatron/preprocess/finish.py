@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
-from tpt_megatron.datasets import MANIFEST_KIND, sidecar, token_dtype
+from tpt_megatron.datasets import MANIFEST_KIND, PART_NAMES, sidecar, token_dtype
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import FileEntry, Manifest, open_atomic
 from tpt_megatron.log import progress_bar
 from tpt_megatron.preprocess.duplicates import NearKeys, first_ones
 from tpt_megatron.preprocess.joining import DatasetJoin, JoinedDataset, Part
-from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits
+from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits, token_parts
 from tpt_megatron.preprocess.plan import Plan
 from tpt_megatron.storage import LocalLocation, remove_unfinished
 from tpt_megatron.tokenizer import TokenizerLike
@@ -95,7 +95,9 @@ class Joining:
         for arm in self._arms:
             remove_unfinished(LocalLocation(self._config.output / arm))
             for split in splits(self._config):
-                self._joins[arm, split] = DatasetJoin(self._config.output / arm / split, dtype, self._tokenizer.file_name, tokenizer_bytes)
+                self._joins[arm, split] = DatasetJoin(
+                    self._config.output / arm / split, dtype, self._tokenizer.file_name, tokenizer_bytes, token_parts(self._config)
+                )
 
     def _side_by_side(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         futures = [self._pool.submit(call) for call in calls]
@@ -234,7 +236,8 @@ def _describe(
     counts: Counter[str],
 ) -> Manifest:
     """Return the dataset's manifest, which is written last. lines_read, records and what follows them are of the whole run."""
-    tokens = dataset.counts
+    tokens, parts = dataset.counts, token_parts(config)
+    without_thoughts = {} if config.reads_chats else {"documents_without_thoughts": counts["documents_without_thoughts"]}
     settings: dict[str, Any] = {key: value for key, value in plan.settings.items() if key != "mixed" or arm == "mixed"}
     return Manifest(
         kind=MANIFEST_KIND,
@@ -245,9 +248,8 @@ def _describe(
             "documents": counts["documents"],
             "sequences": tokens.sequences,
             "tokens": tokens.tokens,
-            "tokens_document": tokens.tokens_document,
-            "tokens_thinking": tokens.tokens_thinking,
-            "documents_without_thoughts": counts["documents_without_thoughts"],
+            **{f"tokens_{PART_NAMES[part]}": tokens.by_part[part] for part in parts},
+            **without_thoughts,
             "lines_read": counts["lines_read"],
             "records": counts["records"],
             "duplicates": counts["duplicates"],
@@ -257,6 +259,7 @@ def _describe(
         details={
             "arm": arm,
             "split": split,
+            "parts": [PART_NAMES[part] for part in parts],
             "dtype": token_dtype(tokenizer.vocabulary_size).name,
             "vocabulary_size": tokenizer.vocabulary_size,
             "tokenizer_fingerprint": tokenizer.fingerprint,

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tpt_megatron.datasets import INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION, PART_DOCUMENT, PART_THINKING, SOURCE_DTYPE, dtype_code, sidecar
+from tpt_megatron.datasets import DOCUMENT_PARTS, INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION, PART_NAMES, SOURCE_DTYPE, dtype_code, sidecar
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import FileEntry, temporary_neighbour
-from tpt_megatron.preprocess.dataset import COLUMNS, ROWS_PER_GROUP, RUN, SourceNumbers, TokenCounts
+from tpt_megatron.preprocess.dataset import ROWS_PER_GROUP, RUN, SourceNumbers, TokenCounts, columns
 from tpt_megatron.storage import sync_folder
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,7 @@ COPIED_AT_ONCE = 4 << 20  # bytes
 SENT_AT_ONCE = 32 << 20  # bytes
 NUMBERS_AT_ONCE = 1 << 20
 RUNS_AT_ONCE = 1 << 16
-_SCHEMA = pa.schema([*COLUMNS, pa.field("offset", pa.int64(), nullable=False)])
-_MARKS = {part: memoryview(bytes([part]) * NUMBERS_AT_ONCE) for part in (PART_DOCUMENT, PART_THINKING)}
+_MARKS = {part: memoryview(bytes([part]) * NUMBERS_AT_ONCE) for part in PART_NAMES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +126,12 @@ class _Hashed:
 class DatasetJoin:
     """A dataset in the making, under temporary names. `steps` for each part in order, then `close`; or `discard`.
 
-    What is to be copied is hashed and counted on the way; OSError (a full disk) leaves it to be discarded.
+    What is to be copied is hashed and counted on the way; OSError (a full disk) leaves it to be discarded. token_parts: what tokens can be.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype[Any], tokenizer_file: str, tokenizer_bytes: bytes) -> None:
+    def __init__(
+        self, prefix: Path, dtype: np.dtype[Any], tokenizer_file: str, tokenizer_bytes: bytes, token_parts: Sequence[int] = DOCUMENT_PARTS
+    ) -> None:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._prefix, self._dtype = prefix, dtype
         self._parts: list[Part] = []
@@ -144,7 +145,7 @@ class DatasetJoin:
             for file in self._files.values():
                 file.abandon()
             raise
-        self._table = _Table(self._files["documents.parquet"], self._counts)
+        self._table = _Table(self._files["documents.parquet"], self._counts, token_parts)
 
     def steps(self, part: Part, *, is_only: bool) -> list[Callable[[], None]]:
         """Return what appends a part: calls that may run side by side, all of which must be done before the next part's.
@@ -280,9 +281,10 @@ def _copy_sources(part: Part, mask: npt.NDArray[np.bool_] | None, names: SourceN
 class _Table:
     """The document table being written: rows of all parts with their offsets, in row groups of one size wherever the parts were cut."""
 
-    def __init__(self, target: _Hashed, counts: TokenCounts) -> None:
-        self._writer = pq.ParquetWriter(pa.PythonFile(_AsFile(target), "w"), _SCHEMA)
-        self._counts = counts
+    def __init__(self, target: _Hashed, counts: TokenCounts, token_parts: Sequence[int]) -> None:
+        self._schema = pa.schema([*columns(token_parts), pa.field("offset", pa.int64(), nullable=False)])
+        self._writer = pq.ParquetWriter(pa.PythonFile(_AsFile(target), "w"), self._schema)
+        self._counts, self._token_parts = counts, token_parts
         self._waiting: list[pa.Table] = []
 
     def close(self) -> None:
@@ -310,12 +312,12 @@ class _Table:
 
     def _with_offsets(self, rows: pa.Table) -> pa.Table:
         counts = self._counts
-        document, thinking = (rows.column(name).to_numpy().astype(np.int64) for name in ("tokens_document", "tokens_thinking"))
-        offsets = counts.tokens + np.cumsum(document + thinking) - (document + thinking)
+        by_part = {part: rows.column(f"tokens_{PART_NAMES[part]}").to_numpy().astype(np.int64) for part in self._token_parts}
+        lengths = np.sum(list(by_part.values()), axis=0)
+        offsets = counts.tokens + np.cumsum(lengths) - lengths
         counts.sequences += rows.num_rows
-        counts.tokens_document += int(document.sum())
-        counts.tokens_thinking += int(thinking.sum())
-        return rows.append_column(_SCHEMA.field("offset"), [pa.array(offsets)]).cast(_SCHEMA)
+        counts.by_part.update({part: int(tokens.sum()) for part, tokens in by_part.items()})
+        return rows.append_column(self._schema.field("offset"), [pa.array(offsets)]).cast(self._schema)
 
     def _write(self, *, final: bool) -> None:
         rows = sum(table.num_rows for table in self._waiting)

@@ -28,9 +28,10 @@ import orjson
 
 from tpt_megatron.bad_records import WARNINGS_SHOWN, describe_bad_record
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
-from tpt_megatron.datasets import token_dtype
+from tpt_megatron.datasets import CHAT_PARTS, DOCUMENT_PARTS, token_dtype
 from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import read_json, sha256_of, whole_folder
+from tpt_megatron.preprocess.chat import Chat, ChatReader
 from tpt_megatron.preprocess.compose import DelimiterIds, in_validation, plain_arm, sequences
 from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
 from tpt_megatron.preprocess.delimiters import delimiter_ids
@@ -39,6 +40,7 @@ from tpt_megatron.preprocess.encoding import WINDOW, Encoder
 from tpt_megatron.preprocess.long_text import StringText
 from tpt_megatron.preprocess.plan import Piece, Plan
 from tpt_megatron.preprocess.reading import Batch, LineNumbers, LongDocument, PieceReader
+from tpt_megatron.preprocess.templates import ChatTemplate
 from tpt_megatron.records import AugmentedDocument, Thought
 from tpt_megatron.storage import LocalLocation, locate
 from tpt_megatron.tokenizer import TokenizerLike
@@ -54,6 +56,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 def splits(config: PreprocessConfig) -> tuple[str, ...]:
     """Return the names of the splits that the config asks for."""
     return ("train", "validation") if config.validation_fraction > 0 else ("train",)
+
+
+def token_parts(config: PreprocessConfig) -> tuple[int, ...]:
+    """Return what tokens of the config's datasets can be."""
+    return CHAT_PARTS if config.reads_chats else DOCUMENT_PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +132,12 @@ def keep_freed_memory() -> None:
 class PieceWorker:
     """Works pieces off, one after the other, in one process. For a `with` block, at whose end all have their names.
 
-    The next piece does not wait until the last one is on the disk: a thread of its own syncs it and gives it its name.
+    The next piece does not wait until the last one is on the disk: a thread of its own syncs it and gives it its name. template: of chats.
     """
 
-    def __init__(self, config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike, encoder: Encoder) -> None:
+    def __init__(
+        self, config: PreprocessConfig, plan: Plan, arms: Sequence[Arm], tokenizer: TokenizerLike, encoder: Encoder, template: ChatTemplate | None = None
+    ) -> None:
         keep_freed_memory()
         self._config, self._plan, self._arms = config, plan, tuple(arms)
         self._fingerprint = plan.fingerprint()
@@ -138,6 +147,7 @@ class PieceWorker:
         reads_it = tokenizer.eod_id in tokenizer.encode(tokenizer.end_of_document)
         self._refused_text = tokenizer.end_of_document if reads_it else None
         self._delimiters = delimiter_ids(config.delimiters, tokenizer)
+        self._chats = None if template is None else ChatReader(template, tokenizer, config.fields.names(), config.fields.messages)
         self._with_thoughts = set(arms) != {"vanilla"}
         self._interleaves = "interleave" in arms or ("mixed" in arms and config.mixed.get("interleave", 0) > 0)
         self._near = NearKeys(config.near_duplicates) if config.deduplicate == "near" else None
@@ -177,9 +187,15 @@ class PieceWorker:
                     progress,
                     refused_text=self._refused_text,
                     longest_text=WINDOW[self._encoder.engine],
+                    chats=self._chats,
                 )
                 for batch in reader.batches():
-                    at_work.add_long(batch) if isinstance(batch, LongDocument) else at_work.add(batch)
+                    if isinstance(batch, LongDocument):
+                        at_work.add_long(batch)
+                    elif self._chats is not None:
+                        at_work.add_chats(batch)
+                    else:
+                        at_work.add(batch)
             counts = reader.counts
             assert counts.lines_read == counts.records + counts.bad_records + counts.blank_lines
             assert counts.records == at_work.documents
@@ -226,7 +242,14 @@ class _PieceAtWork:
         for arm in worker._arms:
             for split in splits(self._config):
                 numbers = self.sources[f"{arm}.{split}"] = SourceNumbers()
-                writer = PartWriter(folder / f"{arm}.{split}", worker._dtype, worker._eod_id, numbers, ordinals=self._config.deduplicate != "none")
+                writer = PartWriter(
+                    folder / f"{arm}.{split}",
+                    worker._dtype,
+                    worker._eod_id,
+                    numbers,
+                    ordinals=self._config.deduplicate != "none",
+                    parts=token_parts(self._config),
+                )
                 self._writers[arm, split] = stack.enter_context(writer)
         self._flags = stack.enter_context((folder / "flags.bin").open("wb"))
         self._keys = None if self._config.deduplicate == "none" else stack.enter_context((folder / "keys.bin").open("wb"))
@@ -260,6 +283,28 @@ class _PieceAtWork:
             thought += count
         for writer in self._writers.values():
             writer.flush()
+
+    def add_chats(self, batch: Batch) -> None:
+        """Tokenise the segments of a batch of chats, each by itself, and write them."""
+        chats = [chat for chat in batch if isinstance(chat, Chat)]
+        flat, offsets = self._worker._encoder.encode([text for chat in chats for _, text in chat.segments])
+        bounds = iter(pairwise(offsets.tolist()))
+        for chat in chats:
+            sha256 = hashlib.sha256(chat.document.text.encode()).digest()
+            if self._keys is not None:
+                self._keys.write(exact_key(sha256))
+            validation = self._in_validation(sha256)
+            segments = [(part, flat[begin:end]) for (part, _), (begin, end) in zip(chat.segments, bounds, strict=False)]
+            row = Row(chat.document.id, 0, chat.document.source, None, self.documents)
+            self._writers["chat", "validation" if validation else "train"].add(segments, row, chat.end)
+            self._flags.write(bytes([validation * IN_VALIDATION | WITHOUT_THOUGHTS]))
+            self.documents += 1
+        for writer in self._writers.values():
+            writer.flush()
+
+    def _in_validation(self, sha256: bytes) -> bool:
+        fraction = self._config.validation_fraction
+        return fraction > 0 and in_validation(sha256, fraction)
 
     def add_long(self, long: LongDocument) -> None:
         """Tokenise and write one document whose text or tokens are too many to hold at once."""
@@ -298,11 +343,12 @@ class _PieceAtWork:
         long: bool,
     ) -> None:
         config, source, identity = self._config, augmented.document.source, augmented.document.id
-        validation = config.validation_fraction > 0 and in_validation(sha256, config.validation_fraction)
+        validation = self._in_validation(sha256)
         split = "validation" if validation else "train"
         cuts = [len(document)] * len(thoughts) if ends is None else _cuts(augmented.thoughts, ends)
         for arm in self._worker._arms:
             writer = self._writers[arm, split]
+            assert arm != "chat"
             how = plain_arm(arm, sha256, config.mixed)
             for sequence in sequences(how, document, thoughts, delimiters, cuts, as_samples=config.thoughts == "samples"):
                 generators = dict.fromkeys(augmented.thoughts[i].generator for i in sequence.thoughts)

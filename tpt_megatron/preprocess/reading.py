@@ -17,6 +17,7 @@ import orjson
 from tpt_megatron.bad_records import LineCounts
 from tpt_megatron.errors import RecordError
 from tpt_megatron.files import decompressed, is_compressed, parse_json_line, reading
+from tpt_megatron.preprocess.chat import Chat, ChatReader
 from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, StringText, closing_quote, split_long_line
 from tpt_megatron.preprocess.plan import Piece
 from tpt_megatron.record_files import read_rows, too_long
@@ -73,7 +74,8 @@ class PieceReader:
     """Reads the records of one piece; `counts` holds when `batches` is exhausted. `progress` hears of bytes.
 
     refused_text: the end-of-document token's spelling, where this tokenizer reads it in a text as that token
-    longest_text: characters from which on a text is a long one
+    longest_text: characters from which on a text is a long one; chats are none
+    chats: reads chats, where the records are chats
     """
 
     place: Location
@@ -85,6 +87,7 @@ class PieceReader:
     progress: Callable[[int], object]
     refused_text: str | None = None
     longest_text: int = 4 * CHARACTERS_PER_BATCH
+    chats: ChatReader | None = None
     counts: LineCounts = field(default_factory=LineCounts)
     _first_line: int = 0  # byte at which the first line of the piece begins
 
@@ -104,7 +107,7 @@ class PieceReader:
                 self.set_aside(*document)
                 continue
             self.counts.records += 1
-            if isinstance(document, AugmentedDocument) and len(document.document.text) > self.longest_text:
+            if isinstance(document, AugmentedDocument) and len(document.document.text) > self.longest_text and self.chats is None:
                 text = document.document.text
                 document = LongDocument(document, StringText(text), _sha256(StringText(text)))
             if isinstance(document, LongDocument):
@@ -127,8 +130,7 @@ class PieceReader:
         for row in islice(rows, piece.stop - piece.start):
             self.counts.lines_read += 1
             try:
-                document = read_augmented(row.parse(), row.where, self.names)
-                self._check(document, row.where, len(document.document.text))
+                document = self._read(row.parse(), row.where)
             except RecordError as error:
                 yield row.line(), error
             else:
@@ -159,7 +161,7 @@ class PieceReader:
     def _read_line(self, line: _Line) -> AugmentedDocument | LongDocument:
         if line.length > self.longest:
             raise RecordError("", too_long(line.length, self.longest))
-        if isinstance(line.data, bytearray):
+        if isinstance(line.data, bytearray) and self.chats is None:
             split = split_long_line(line.data, self.names.text, "")
             if split is not None:
                 return self._read_long(*split)
@@ -167,9 +169,17 @@ class PieceReader:
             value = orjson.loads(line.view())
         except orjson.JSONDecodeError:
             value = parse_json_line(bytes(line.view()), "")
-        document = read_augmented(value, "", self.names)
-        _refuse_repeated_keys(line, document, self.names)
-        self._check(document, "", len(document.document.text))
+        document = self._read(value, "")
+        if isinstance(document, Chat) or not _has_each_key_once(line, document, self.names):
+            _refuse_repeated_keys(line)
+        return document
+
+    def _read(self, value: object, where: str) -> AugmentedDocument:
+        """Return the document or the chat of a parsed value; RecordError where it is none."""
+        if self.chats is not None:
+            return self.chats.read(value, where)
+        document = read_augmented(value, where, self.names)
+        self._check(document, where, len(document.document.text))
         return document
 
     def _check(self, document: AugmentedDocument, where: str, length: int, sha256: str | None = None) -> None:
@@ -202,7 +212,9 @@ class PieceReader:
         if record.get(self.names.id) is None:
             record[self.names.id] = sha256[:32]
         document = read_augmented(record, "", self.names)
-        _refuse_repeated_keys(_Line(rest, 0, len(rest)), document, self.names)
+        line = _Line(rest, 0, len(rest))
+        if not _has_each_key_once(line, document, self.names):
+            _refuse_repeated_keys(line)
         bare = replace(document, document=replace(document.document, text=""))
         self._check(bare, "", length, sha256)
         return LongDocument(bare, text, bytes.fromhex(sha256))
@@ -334,13 +346,11 @@ def _has_each_key_once(line: _Line, document: AugmentedDocument, names: FieldNam
     return all(data.count(key, line.begin, begin) + data.count(key, end, line.end) <= 1 for key in other_keys)
 
 
-def _refuse_repeated_keys(line: _Line, document: AugmentedDocument, names: FieldNames) -> None:
+def _refuse_repeated_keys(line: _Line) -> None:
     """Raise RecordError where a key of the record stands twice: JSON parsers keep one value and drop the other without a word.
 
-    Only where a look at the line does not show that none does (a name in another object, mostly) is it read by a parser that shows all keys.
+    It is read by a parser that shows all keys: only where a look at the line does not show that none does (a name in another object, mostly).
     """
-    if _has_each_key_once(line, document, names):
-        return
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -33,14 +33,16 @@ from tpt_megatron.datasets import MANIFEST_KIND
 from tpt_megatron.errors import ConfigError, DataError, Stopped, TptError
 from tpt_megatron.files import Manifest, check_outputs, read_json, read_manifest, sha256_of, write_json
 from tpt_megatron.log import progress_bar, set_up_logging
+from tpt_megatron.preprocess.chat import ChatReader, check_chat
 from tpt_megatron.preprocess.delimiters import check_delimiters
 from tpt_megatron.preprocess.duplicates import NearKeys
 from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
 from tpt_megatron.preprocess.finish import Joining, finish, forget_pieces
 from tpt_megatron.preprocess.pieces import FinishedPiece, PieceWorker, splits
 from tpt_megatron.preprocess.plan import Piece, Plan, make_plan, part_of
+from tpt_megatron.preprocess.templates import ChatTemplate, load_template
 from tpt_megatron.processes import WorkerProcesses, end_with_parent
-from tpt_megatron.record_files import expand_inputs, read_rows, refuse_inputs_in_output
+from tpt_megatron.record_files import Row, expand_inputs, read_rows, refuse_inputs_in_output
 from tpt_megatron.records import read_augmented
 from tpt_megatron.storage import LocalLocation, Location, explain, remove_unfinished
 from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer
@@ -53,12 +55,16 @@ SAMPLE_RECORDS, SAMPLE_CHARACTERS, SAMPLE_FILES = 64, 100_000, 8
 def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
     """Make each arm's datasets and return their manifests by `ARM/SPLIT`; with `shard`, do that part of the work and return nothing.
 
-    Raises ConfigError when the tokenizer cannot express a delimiter, or when the output holds datasets of other settings
+    Raises ConfigError when the tokenizer cannot express a delimiter or a chat template, or when the output holds datasets of other settings
     or inputs; DataError for an input that cannot be read and for a split without documents; under on_bad_record=fail
     RecordError for the first bad record; Stopped after a signal.
     """
     tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-    if set(config.arms) != {"vanilla"}:
+    template = None
+    if config.reads_chats:
+        template = load_template(config.chat.template, config.tokenizer, config.chat.variables, config.chat.learn)
+        check_chat(template, tokenizer, config.tokenizer)
+    elif set(config.arms) != {"vanilla"}:
         check_delimiters(config.delimiters, tokenizer, config.tokenizer)
     if config.deduplicate == "near":
         NearKeys(config.near_duplicates)  # says what is not installed before any work
@@ -69,19 +75,21 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
             raise ConfigError(f"input={', '.join(config.input)} takes in {place}, which lies in output={config.output}; give an output folder apart")
     number, count = config.part_of_work()
     with _alone(config.output, number if config.shard else None):
-        finished, pending = _finished_arms(config, tokenizer, inputs)
+        settings = _settings(config, tokenizer, template)
+        finished, pending = _finished_arms(config, settings, inputs)
         if not pending:
             _forget_pieces(config)
             return finished
-        plan = _plan(config, inputs, _settings(config, tokenizer), pending)
+        plan = _plan(config, inputs, settings, pending)
         part = part_of(plan, number, count)
         _save_run(config, tokenizer, pending)
         kept = _kept_pieces(config, plan, part, pending)
         todo = [piece for piece in part if piece.number not in kept]
         with Joining(config, plan, pending, tokenizer) as joining:
             if todo:
-                encoder = choose_engine(tokenizer, config.engine, _sample(config, inputs), verify_all=config.verify == "full")
-                _work(config, plan, pending, tokenizer, encoder, todo, joining)
+                sample = _sample(config, inputs, None if template is None else ChatReader(template, tokenizer, config.fields.names(), config.fields.messages))
+                encoder = choose_engine(tokenizer, config.engine, sample, verify_all=config.verify == "full", reads_special=template is not None)
+                _work(config, plan, pending, tokenizer, encoder, template, todo, joining)
                 _check_unchanged(plan, inputs)
             if config.shard is not None:
                 logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
@@ -134,19 +142,24 @@ def _alone(output: Path, shard: int | None) -> Iterator[None]:
             os.close(lock)
 
 
-def _settings(config: PreprocessConfig, tokenizer: TokenizerLike) -> dict[str, Any]:
-    """Return what datasets depend on besides the inputs and the arm; the tokenizer by what it is, not where it lies."""
-    without = {"input", "output", "arms", "tokenizer", "workers", "shard", "engine", "verify", "piece_megabytes", "on_bad_record"}
+def _settings(config: PreprocessConfig, tokenizer: TokenizerLike, template: ChatTemplate | None) -> dict[str, Any]:
+    """Return what datasets depend on besides the inputs and the arm; tokenizer and template by what they are, not where they lie."""
+    without = {"input", "output", "arms", "tokenizer", "workers", "shard", "engine", "verify", "piece_megabytes", "on_bad_record", "chat"}
     unused = {name for name, used in (("mixed", "mixed" in config.arms), ("near_duplicates", config.deduplicate == "near")) if not used}
-    return {**config.model_dump(mode="json", exclude=without | unused), "tokenizer_fingerprint": tokenizer.fingerprint}
+    settings = {**config.model_dump(mode="json", exclude=without | unused), "tokenizer_fingerprint": tokenizer.fingerprint}
+    if template is None:
+        del settings["fields"]["messages"]
+        return settings
+    chat = {"template": template.source, "variables": dict(template.variables), "learn": template.learn}
+    return {name: value for name, value in settings.items() if name not in ("thoughts", "delimiters")} | {"chat": chat}
 
 
-def _finished_arms(config: PreprocessConfig, tokenizer: TokenizerLike, inputs: list[Location]) -> tuple[dict[str, Manifest], list[Arm]]:
+def _finished_arms(config: PreprocessConfig, settings: dict[str, Any], inputs: list[Location]) -> tuple[dict[str, Manifest], list[Arm]]:
     """Return the manifests of finished arms by ARM/SPLIT, and the arms that are still to be made."""
     finished: dict[str, Manifest] = {}
     pending: list[Arm] = []
     for arm in config.arms:
-        manifests = _finished_arm(config, arm, tokenizer, inputs)
+        manifests = _finished_arm(config, arm, settings, inputs)
         finished.update(manifests)
         if manifests:
             logger.info("%s: finished before, kept", config.output / arm)
@@ -155,10 +168,9 @@ def _finished_arms(config: PreprocessConfig, tokenizer: TokenizerLike, inputs: l
     return finished, pending
 
 
-def _finished_arm(config: PreprocessConfig, arm: Arm, tokenizer: TokenizerLike, inputs: list[Location]) -> dict[str, Manifest]:
+def _finished_arm(config: PreprocessConfig, arm: Arm, settings: dict[str, Any], inputs: list[Location]) -> dict[str, Manifest]:
     folder, manifests = config.output / arm, {}
     remove_unfinished(LocalLocation(folder))
-    settings = _settings(config, tokenizer)
     for path in sorted(folder.glob("*.manifest.json")):
         manifest = read_manifest(path, MANIFEST_KIND)
         same_settings = manifest.details.get("arm") == arm and {**settings, "mixed": None} == {**manifest.settings, "mixed": None}
@@ -263,35 +275,50 @@ def _check_unchanged(plan: Plan, inputs: list[Location]) -> None:
             raise DataError(f"{place}: has changed while it was read; run the same command again, it begins anew")
 
 
-def _sample(config: PreprocessConfig, inputs: list[Location]) -> list[str]:
-    """Return some texts of the input, documents and thoughts, to try engines on; what cannot be read is left to the run to report."""
+def _sample(config: PreprocessConfig, inputs: list[Location], chats: ChatReader | None) -> list[str]:
+    """Return some texts of the input, documents and thoughts, or what chats are made of, to try engines on; what cannot be read is left to the run to report."""
     texts: list[str] = []
     characters = 0
     files = inputs[:: max(1, len(inputs) // SAMPLE_FILES)][:SAMPLE_FILES]
     for place in files:
         for row in islice(read_rows(place, longest=SAMPLE_CHARACTERS), SAMPLE_RECORDS):
             try:
-                augmented = read_augmented(row.parse(), row.where, config.fields.names())
+                texts += _texts_of(row, config, chats)
             except TptError:
                 continue
-            texts.append(augmented.document.text)
-            texts += [thought.text for thought in augmented.thoughts]
             characters += len(texts[-1])
             if characters > SAMPLE_CHARACTERS * (1 + files.index(place)) / len(files):
                 break
     return texts
 
 
-def _work(config: PreprocessConfig, plan: Plan, arms: list[Arm], tokenizer: TokenizerLike, encoder: Encoder, todo: list[Piece], joining: Joining) -> None:
+def _texts_of(row: Row, config: PreprocessConfig, chats: ChatReader | None) -> list[str]:
+    """Return what of a row would be tokenised; RecordError for one that cannot be used."""
+    if chats is not None:
+        return [text for _, text in chats.read(row.parse(), row.where).segments]
+    augmented = read_augmented(row.parse(), row.where, config.fields.names())
+    return [augmented.document.text, *(thought.text for thought in augmented.thoughts)]
+
+
+def _work(
+    config: PreprocessConfig,
+    plan: Plan,
+    arms: list[Arm],
+    tokenizer: TokenizerLike,
+    encoder: Encoder,
+    template: ChatTemplate | None,
+    todo: list[Piece],
+    joining: Joining,
+) -> None:
     """Work the pieces off; with several workers, join those that are finished meanwhile."""
     if config.workers == 1:
         size = sum(_bytes(plan, piece) for piece in todo)
-        with progress_bar("preprocess", size) as bar, PieceWorker(config, plan, arms, tokenizer, encoder) as worker:
+        with progress_bar("preprocess", size) as bar, PieceWorker(config, plan, arms, tokenizer, encoder, template) as worker:
             for piece in todo:
                 worker.run(piece, bar.advance)
         return
     taken = multiprocessing.get_context("spawn").Value("q", 0)
-    work = partial(_be_worker, config, plan, arms, encoder.engine, todo, taken)
+    work = partial(_be_worker, config, plan, arms, encoder.engine, template, todo, taken)
     shown = 0
     with WorkerProcesses(work, min(config.workers, len(todo))) as processes, progress_bar("preprocess", len(todo)) as bar:
         names, joined, looked = {piece.name for piece in todo}, False, 0.0
@@ -313,7 +340,16 @@ def _bytes(plan: Plan, piece: Piece) -> int:
     return size if name.endswith(".parquet") else piece.stop - piece.start
 
 
-def _be_worker(config: PreprocessConfig, plan: Plan, arms: list[Arm], engine: Engine, todo: list[Piece], taken: Synchronized[int], number: int) -> None:
+def _be_worker(
+    config: PreprocessConfig,
+    plan: Plan,
+    arms: list[Arm],
+    engine: Engine,
+    template: ChatTemplate | None,
+    todo: list[Piece],
+    taken: Synchronized[int],
+    number: int,
+) -> None:
     """Be one worker process: take the next piece that nobody has taken, until there is none."""
     set_up_logging()
     end_with_parent()
@@ -321,8 +357,8 @@ def _be_worker(config: PreprocessConfig, plan: Plan, arms: list[Arm], engine: En
         signal.signal(signal_number, _stop)
     try:
         tokenizer = load_tokenizer(str(config.output / "pieces" / read_json(config.output / "pieces/run.json")["tokenizer"]), config.end_of_document)
-        encoder = Encoder(tokenizer, engine, verify_all=config.verify == "full")
-        with PieceWorker(config, plan, arms, tokenizer, encoder) as worker:
+        encoder = Encoder(tokenizer, engine, verify_all=config.verify == "full", reads_special=template is not None)
+        with PieceWorker(config, plan, arms, tokenizer, encoder, template) as worker:
             while True:
                 with taken.get_lock():
                     mine = taken.value

@@ -50,16 +50,16 @@ def test_counts_are_those_of_the_files_whatever_the_block(prefix: Path, monkeypa
     dataset = open_dataset(prefix)
     summary = summarise(dataset)
     rows = pq.read_table(sidecar(prefix, "documents.parquet")).to_pylist()
-    assert summary.thinking is not None and summary.by_source is not None
-    assert summary.thinking.tolist() == [row["tokens_thinking"] for row in rows]
+    assert summary.parts is not None and summary.by_source is not None
+    assert summary.parts["thinking"].tolist() == [row["tokens_thinking"] for row in rows]
     assert summary.tokens == len(dataset.tokens)
     for source in summary.by_source:
         of_it = [row for row in rows if row["source"] == source.name]
         assert source.sequences == len(of_it) == 10
-        assert source.tokens_document == sum(row["tokens_document"] for row in of_it)
-        assert source.tokens_thinking == sum(row["tokens_thinking"] for row in of_it)
+        assert source.by_part["document"] == sum(row["tokens_document"] for row in of_it)
+        assert source.by_part["thinking"] == sum(row["tokens_thinking"] for row in of_it)
     assert {source.name for source in summary.by_source} == {None, "s1", "s2", "s3"}
-    totals = [source.tokens_document + source.tokens_thinking for source in summary.by_source]
+    totals = [source.tokens for source in summary.by_source]
     assert totals == sorted(totals, reverse=True)
 
 

@@ -45,15 +45,15 @@ def test_numbers_equal_direct_computation(tmp_path: Path, monkeypatch: pytest.Mo
     write_token_files(tmp_path / "train", sequences, dtype)
     summary = summarise(open_dataset(tmp_path / "train"))
     document, thinking = [len(d) + 1 for d, _, _ in sequences], [len(t) for _, t, _ in sequences]
-    assert summary.document is not None and summary.thinking is not None and summary.by_source is not None
-    assert (summary.document.tolist(), summary.thinking.tolist()) == (document, thinking)
-    for values, told in ((document, percentiles(summary.document)), (thinking, percentiles(summary.thinking))):
+    assert summary.parts is not None and summary.by_source is not None
+    assert {name: values.tolist() for name, values in summary.parts.items()} == {"document": document, "thinking": thinking}
+    for values, told in ((document, percentiles(summary.parts["document"])), (thinking, percentiles(summary.parts["thinking"]))):
         ordered = sorted(values)
         assert told["mean"] == pytest.approx(sum(values) / 200)
         assert [told[f"{percent} %"] for percent in (1, 10, 50, 90, 99)] == [ordered[2 * percent - 1] for percent in (1, 10, 50, 90, 99)]
     for row in summary.by_source:
         of_it = [i for i, (_, _, source) in enumerate(sequences) if source == row.name]
-        assert (row.sequences, row.tokens_document, row.tokens_thinking) == (len(of_it), sum(document[i] for i in of_it), sum(thinking[i] for i in of_it))
+        assert (row.sequences, row.by_part["document"], row.by_part["thinking"]) == (len(of_it), sum(document[i] for i in of_it), sum(thinking[i] for i in of_it))
     for begin, end, counts in distribution(summary):
         assert counts["thinking"] == sum(begin <= value < end for value in thinking)
         assert counts["document"] == sum(begin <= value < end for value in document)

@@ -77,7 +77,7 @@ def test_sidecars_tell_parts_sources_and_documents(tmp_path: Path, monkeypatch: 
     assert pq.ParquetFile(sidecar(prefix, "documents.parquet")).num_row_groups == 2
     assert made.sources == ["web", None]
     assert np.fromfile(sidecar(prefix, "sources.bin"), SOURCE_DTYPE).tolist() == [0, 1, 0]
-    assert (made.counts.sequences, made.counts.tokens, made.counts.tokens_document, made.counts.tokens_thinking) == (3, 7, 5, 2)
+    assert (made.counts.sequences, made.counts.tokens, made.counts.by_part) == (3, 7, {0: 5, 1: 2})
 
 
 def test_where_the_parts_were_cut_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
