@@ -11,10 +11,15 @@ from tpt_megatron.config.load import Config
 
 
 class LossWeights(Config):
-    """How much each token's loss counts, by what the token is: 0 masks it. Of datasets without sidecars every token is document."""
+    """How much each token's loss counts, by what the token is: 0 masks it. Of datasets without sidecars every token is document.
+
+    prompt, assistant  of chats: what the assistant did not write, and what it did
+    """
 
     document: float = Field(1.0, ge=0)
     thinking: float = Field(1.0, ge=0)
+    prompt: float = Field(0.0, ge=0)
+    assistant: float = Field(1.0, ge=0)
 
 
 class Share(Config):
@@ -65,7 +70,7 @@ class DataConfig(Config):
                   one sequence of sequence_length + 1 tokens, which is filled up with padding: no loss is taken there, and it is not counted
     too_long      best_fit, of documents over sequence_length + 1 tokens. cut: into pieces of that many, packed like documents; drop: left out
     attention     document: a token sees its own document only; sequence: everything before it in the sequence
-    loss_weights  of document and thinking tokens; by default all count alike, as in the paper
+    loss_weights  of document and thinking tokens: by default all count alike, as in the paper; and of chats: only the assistant's count
     """
 
     train: Annotated[tuple[Share, ...], BeforeValidator(_as_shares)] = ()
@@ -95,7 +100,7 @@ class DataConfig(Config):
     @property
     def has_uneven_weights(self) -> bool:
         """Say whether some tokens count more than others, beyond counting or not."""
-        return not {self.loss_weights.document, self.loss_weights.thinking} <= {0.0, 1.0}
+        return not set(self.loss_weights.model_dump().values()) <= {0.0, 1.0}
 
     @property
     def blends(self) -> tuple[Stage, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tpt_megatron.config.checkpoint import CheckpointConfig
 from tpt_megatron.config.data import DataConfig
@@ -23,7 +24,8 @@ class TrainConfig(Config):
     """One pretraining run.
 
     run_dir                 metrics.jsonl, run.json and checkpoints/ go there; a run that is found there is continued
-    steps, tokens           how long to train, by one of them: optimizer steps in all, or as many as see these tokens
+    steps, tokens, epochs   how long to train, by one of them: optimizer steps in all; as many as see these tokens; or as many as go so often, 2.5 times
+                            for instance, through the sequences of the one dataset data.train (the last step is a whole one)
     global_batch_sequences  sequences a step, over all ranks
     batch_ramp              smaller batches to begin with
     micro_batch_sequences   sequences a forward pass on one rank
@@ -43,6 +45,7 @@ class TrainConfig(Config):
     faults: FaultConfig = FaultConfig()
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
     global_batch_sequences: PositiveInt
     batch_ramp: BatchRamp | None = None
     micro_batch_sequences: PositiveInt = 1
@@ -64,7 +67,8 @@ class TrainConfig(Config):
         if self.validate_every_steps and self.data.validation is None:
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()
-        self.data.check_budgets(self.progress.sequences_before(self.last_step + 1))
+        if self.epochs is None:
+            self.data.check_budgets(self.progress.sequences_before(self.last_step + 1))
         if self.checkpoint.keep_best and (not self.validate_every_steps or self.checkpoint.every_steps % self.validate_every_steps):
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_loss for every checkpoint: checkpoint.every_steps="
@@ -79,11 +83,18 @@ class TrainConfig(Config):
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps in all."""
+        """Optimizer steps in all; of a length in epochs, see `in_steps`."""
         if self.steps is not None:
             return self.steps
-        assert self.tokens is not None
+        assert self.tokens is not None, "epochs are steps only once the data is open"
         return self.progress.steps_for(self.tokens)
+
+    def in_steps(self, sequences_per_epoch: int) -> Self:
+        """Return this config, whose length is in epochs, with the steps that they are; a ValidationError where the schedule does not fit into them."""
+        assert self.epochs is not None
+        sequences = math.ceil(Fraction(str(self.epochs)) * sequences_per_epoch)  # of the decimal that was written
+        steps = self.progress.steps_for(sequences * self.data.sequence_length)
+        return type(self).model_validate(self.model_dump() | {"steps": steps, "epochs": None})
 
     @property
     def warmup_steps(self) -> int:
@@ -101,8 +112,9 @@ class TrainConfig(Config):
         return -(-tokens // (self.global_batch_sequences * self.data.sequence_length))
 
     def _lengths_fit(self) -> None:
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("steps and tokens state the same; give one of them" if self.steps else "give steps or tokens, how long to train")
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given)} state the same; give one of them" if given else "give steps, tokens or epochs, how long to train")
         ramp = self.batch_ramp
         if ramp is not None and (self.global_batch_sequences - ramp.start_sequences) % ramp.increment_sequences:
             raise ValueError(
@@ -110,6 +122,9 @@ class TrainConfig(Config):
             )
         if ramp is not None and ramp.start_sequences >= self.global_batch_sequences:
             raise ValueError(f"batch_ramp.start_sequences={ramp.start_sequences} must be fewer than global_batch_sequences={self.global_batch_sequences}")
+        if self.epochs is not None:
+            self._epochs_are_of_one_dataset()
+            return
         last = f"steps={self.steps}" if self.steps is not None else f"the {self.last_step} steps of tokens={self.tokens}"
         warmup = f"optimizer.warmup_steps={self.warmup_steps}"
         if self.optimizer.warmup_tokens is not None:
@@ -118,6 +133,15 @@ class TrainConfig(Config):
             raise ValueError(f"{warmup} must be fewer than {last}")
         if self.warmup_steps + self.decay_steps > self.last_step:
             raise ValueError(f"{warmup} and the decay, {self.decay_steps} step(s), are together more than {last}")
+
+    def _epochs_are_of_one_dataset(self) -> None:
+        """Refuse epochs of more than one dataset, and lengths that state the same again."""
+        if self.data.stages or len(self.data.train) > 1:
+            where = "data.stages names" if self.data.stages else "data.train names"
+            raise ValueError(f"epochs={self.epochs:g} are of one dataset, and {where} {', '.join(self.data.train_paths)}; give steps or tokens")
+        for name in ("tokens", "max_epochs"):
+            if getattr(self.data.train[0], name) is not None:
+                raise ValueError(f"epochs={self.epochs:g} and data.train.{name}={getattr(self.data.train[0], name)} state the same; give one of them")
 
     def _cuts_fit(self) -> None:
         """Refuse a layout that cannot cut this model or its sequences, with the nearest sizes that can."""

@@ -5,7 +5,6 @@ The trainer says when (train/loop.py); this says how. Ranks and pipeline stages 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -60,8 +59,8 @@ class LossSums:
 
     @property
     def loss(self) -> float:
-        """The mean token loss by weight, in nats."""
-        return self.weighted / self.weights if self.weights else math.nan
+        """The mean token loss by weight, in nats; 0 where no label counts: there is nothing to learn then, and the gradient is 0."""
+        return self.weighted / self.weights if self.weights else 0.0
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(self.weighted + other.weighted, self.weights + other.weights, self.losses + other.losses, self.tokens + other.tokens)

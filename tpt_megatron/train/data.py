@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from tpt_megatron.config.data import DataConfig, Share, Stage
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING, TokenDataset, open_dataset, open_sources
+from tpt_megatron.datasets import PART_DOCUMENT, PART_NAMES, TokenDataset, open_dataset, open_sources
 from tpt_megatron.errors import ConfigError, DataError
 from tpt_megatron.mcore.engine import LossSums, MicroBatch
 from tpt_megatron.sequences.stream import Stream
 
-DOCUMENT, THINKING, PADDING = "document", "thinking", "padding"
-_PARTS = {PART_DOCUMENT: DOCUMENT, PART_THINKING: THINKING}
+log = logging.getLogger(__name__)
+PADDING = "padding"
 
 
 class Kinds:
@@ -30,13 +32,18 @@ class Kinds:
             names, self._of_documents[path] = open_sources(dataset)
             self.sources += [name for name in names if name not in self.sources]
             self._numbers[path] = np.array([self.sources.index(name) for name in names], np.int32)
-        self.table: list[tuple[str | None, str]] = [(source, part) for source in self.sources for part in _PARTS.values()] + [(None, PADDING)]
+        codes = sorted({code for dataset in datasets.values() for code in dataset.part_codes})
+        self.parts = [PART_NAMES[code] for code in codes]
+        self._of_parts = np.full(len(PART_NAMES), -1, np.int32)
+        self._of_parts[codes] = range(len(codes))
+        self.table: list[tuple[str | None, str]] = [(source, part) for source in self.sources for part in self.parts] + [(None, PADDING)]
         self.padding = len(self.table) - 1
 
-    def first_of(self, path: str, document: int) -> int:
-        """Return the kind of a document's document tokens; its thinking tokens have the next."""
+    def of(self, path: str, document: int, parts: npt.NDArray[np.uint8] | int) -> npt.NDArray[np.int32] | np.int32:
+        """Return the kinds of a document's tokens, which are of these parts (PART_*)."""
         numbers = self._of_documents[path]
-        return len(_PARTS) * int(self._numbers[path][0 if numbers is None else numbers[document]])
+        source = self._numbers[path][0 if numbers is None else numbers[document]]
+        return np.int32(len(self.parts)) * source + self._of_parts[parts]  # type: ignore[no-any-return]
 
     def tokens(self, losses: LossSums) -> int:
         """Return how many labels there were, padding apart."""
@@ -44,12 +51,12 @@ class Kinds:
 
     def by_part(self, losses: LossSums, name: str = "loss") -> dict[str, float]:
         """Return the mean loss of each part that has tokens, by metric name."""
-        means = {part: losses.mean([kind for kind, (_, other) in enumerate(self.table) if other == part]) for part in _PARTS.values()}
+        means = {part: losses.mean([kind for kind, (_, other) in enumerate(self.table) if other == part]) for part in self.parts}
         return {f"{name}_{part}": mean for part, mean in means.items() if mean is not None}
 
     def by_source(self, losses: LossSums) -> dict[str, float]:
         """Return the mean loss of each source that has tokens; what has no source is `(none)`."""
-        width = len(_PARTS)
+        width = len(self.parts)
         means = {source: losses.mean(range(width * number, width * (number + 1))) for number, source in enumerate(self.sources)}
         return {"(none)" if source is None else source: mean for source, mean in means.items() if mean is not None}
 
@@ -59,7 +66,7 @@ class Batches:
 
     def __init__(self, config: DataConfig, stream: Stream, datasets: Mapping[str, TokenDataset], kinds: Kinds) -> None:
         self._config, self.stream, self._datasets, self._kinds = config, stream, datasets, kinds
-        weights = [getattr(config.loss_weights, part) for part in _PARTS.values()]
+        weights = [getattr(config.loss_weights, part) for part in kinds.parts]
         self._weights = np.array(weights * len(kinds.sources) + [0.0], np.float32)  # [kinds]
 
     def micro_batch(self, sequences: range) -> MicroBatch:
@@ -86,9 +93,8 @@ class Batches:
             source = dataset.begin(span.document) + span.first
             here = slice(at, at + span.tokens)
             tokens[here] = dataset.tokens[source : source + span.tokens]
-            kinds[here] = self._kinds.first_of(path, span.document)
-            if dataset.parts is not None:
-                kinds[here] += dataset.parts[source : source + span.tokens]
+            parts = PART_DOCUMENT if dataset.parts is None else dataset.parts[source : source + span.tokens]
+            kinds[here] = self._kinds.of(path, span.document, parts)
             documents[here] = place
             at += span.tokens
         tokens[at:] = (dataset.details or {}).get("eod_id", 0)
@@ -97,8 +103,12 @@ class Batches:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Everything a run reads. datasets: the training ones, by path; validation: by name, "" for the one that has none."""
+    """Everything a run reads. datasets: the training ones, by path; validation: by name, "" for the one that has none.
 
+    config: the run's, its length in steps, which a length in epochs has only now that the datasets are open
+    """
+
+    config: TrainConfig
     datasets: dict[str, TokenDataset]
     train: Batches
     validation: dict[str, Batches]
@@ -108,7 +118,7 @@ class RunData:
 
     @property
     def has_parts(self) -> bool:
-        """Say whether any training dataset tells thinking from document."""
+        """Say whether any training dataset tells what its tokens are."""
         return any(dataset.parts is not None for dataset in self.datasets.values())
 
 
@@ -118,12 +128,14 @@ def open_run_data(config: TrainConfig) -> RunData:
     sets = data.validation_sets if config.validate_every_steps else {}
     datasets = {path: open_dataset(path) for path in dict.fromkeys([*data.train_paths, *sets.values()])}
     _check_tokenizers(datasets)
+    _check_weights(data, datasets)
     kinds = Kinds(datasets)
 
     def batches(stages: Sequence[Stage]) -> Batches:
         return Batches(data, Stream(data, stages, datasets, config.seed), datasets, kinds)
 
     train = batches(data.blends)
+    config = _in_steps(config, train.stream)
     train.stream.check_epochs(config.progress.sequences_before(config.last_step + 1))
     validation = {name: batches([Stage(train=(Share(path=path),))]) for name, path in sets.items()}
     wanted = config.validation_batches * config.global_batch_sequences
@@ -135,7 +147,29 @@ def open_run_data(config: TrainConfig) -> RunData:
                 f"but {path} holds {held}; lower validation_batches or give more validation data"
             )
     with_parts = {name: datasets[path].parts is not None for name, path in sets.items()}
-    return RunData({path: datasets[path] for path in data.train_paths}, train, validation, with_parts, kinds)
+    return RunData(config, {path: datasets[path] for path in data.train_paths}, train, validation, with_parts, kinds)
+
+
+def _in_steps(config: TrainConfig, stream: Stream) -> TrainConfig:
+    """Return the config with its length in steps, where it is given in epochs."""
+    if config.epochs is None:
+        return config
+    (path,) = config.data.train_paths
+    sequences = stream.sequences_per_epoch(path)
+    try:
+        found = config.in_steps(sequences)
+    except ValidationError as error:
+        raise ConfigError(f"epochs={config.epochs:g} of {path}, {sequences:,} sequences: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    log.info("%s: %s sequences; %g epochs of it are %d steps", path, f"{sequences:,}", config.epochs, found.last_step)
+    return found
+
+
+def _check_weights(config: DataConfig, datasets: Mapping[str, TokenDataset]) -> None:
+    """Raise ConfigError for a dataset that no token counts of."""
+    for path, dataset in datasets.items():
+        weights = {PART_NAMES[part]: getattr(config.loss_weights, PART_NAMES[part]) for part in dataset.part_codes}
+        if not any(weights.values()):
+            raise ConfigError(f"data.loss_weights: {' and '.join(weights)} weigh 0, and {path} has nothing else: there is nothing to learn from it")
 
 
 def _check_tokenizers(datasets: Mapping[str, TokenDataset]) -> None:

@@ -55,7 +55,8 @@ class Run:
         self._layout = layout
         _check_batch(config, layout)
         self._data = open_run_data(config)
-        self._config = _resolve_vocabulary(config, self._data.datasets)
+        self._epochs = config.epochs
+        self._config = _resolve_vocabulary(self._data.config, self._data.datasets)
         self._stragglers = Stragglers(config.watch.stragglers)
         self._engine = Engine(self._config, kinds=len(self._data.kinds.table), around_forward=self._stragglers.forward)
         self._saving = Saving(self._config, self._engine, self._data, layout.rank)
@@ -240,6 +241,7 @@ class Run:
         description = {
             "arm": arm_of(self._data.datasets),
             "config": self._config.model_dump(mode="json"),
+            **({} if self._epochs is None else {"epochs": self._epochs}),
             "parameters": count_parameters(self._config.model),
             "data": {path: dataset.details for path, dataset in self._data.datasets.items()},
             "sequences": self._data.train.stream.fingerprint(),

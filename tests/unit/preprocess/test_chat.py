@@ -105,9 +105,9 @@ def test_texts_tokens_and_masks_are_hugging_faces_own(tmp_path: Path, source: st
         tokens, parts = (of[dataset.offsets[number] : dataset.offsets[number + 1] - 1].tolist() for of in (dataset.tokens, dataset.parts))
         assert theirs.decode(tokens) == learned(read, messages)[1]
         if source != LLAMA_3:  # whose text has the day in it
-            found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask="generation" in source)
+            found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=source == BLOCKS)
             assert tokens == found["input_ids"]
-            if "generation" in source:
+            if source == BLOCKS:
                 assert [part == PART_ASSISTANT for part in parts] == [bool(mask) for mask in found["assistant_masks"]]
 
 

@@ -48,6 +48,39 @@ def test_wsd_stays_and_then_falls_to_the_minimum_at_the_last_step(shape: str, mi
     assert found[7:] == sorted(found[7:], reverse=True)
 
 
+def test_epochs_are_steps_once_the_sequences_of_one_are_known() -> None:
+    by_epochs = config({"schedule": "cosine", "warmup_steps": 2}, steps=None, epochs=2.5)
+    assert rates(by_epochs.in_steps(19)) == rates(config({"schedule": "cosine", "warmup_steps": 2}))  # 47.5 sequences, of which the last step fills up one
+    assert config({}, steps=None, epochs=0.1).in_steps(40).last_step == 1  # of the decimal: in binary it is a little more
+    assert config({}, steps=None, epochs=3).in_steps(20).last_step == 15
+    ramp = {"start_sequences": 1, "increment_sequences": 3, "tokens": 50}
+    assert config({}, steps=None, epochs=1, batch_ramp=ramp).in_steps(13).last_step == 5 + 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "steps and epochs state the same; give one of them"),
+        ({"steps": None, "tokens": 480}, "tokens and epochs state the same; give one of them"),
+        ({"steps": None, "epochs": 0}, "epochs=0: input should be greater than 0"),
+        (
+            {"steps": None, "data": {"sequence_length": 10, "train": [{"path": "d", "weight": 1}, {"path": "e", "weight": 1}]}},
+            "epochs=2 are of one dataset, and data.train names d, e; give steps or tokens",
+        ),
+        (
+            {"steps": None, "data": {"sequence_length": 10, "stages": [{"train": "d", "tokens": 20}, {"train": "e"}]}},
+            "epochs=2 are of one dataset, and data.stages names d, e",
+        ),
+        ({"steps": None, "data": {"sequence_length": 10, "train": {"path": "d", "max_epochs": 2}}}, "epochs=2 and data.train.max_epochs=2.0 state the same"),
+        ({"steps": None, "data": {"sequence_length": 10, "train": {"path": "d", "tokens": 20}}}, "epochs=2 and data.train.tokens=20 state the same"),
+    ],
+)
+def test_epochs_that_say_it_twice_or_of_what_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config({}, **({"epochs": 2} | changes))
+    assert says in str(refused.value)
+
+
 def test_tokens_say_what_steps_say() -> None:
     by_tokens = config({"schedule": "wsd", "warmup_tokens": 80, "decay_tokens": 160}, steps=None, tokens=480)
     assert rates(by_tokens) == rates(config({"schedule": "wsd", "warmup_steps": 2, "decay_steps": 4}))
@@ -64,7 +97,7 @@ def test_tokens_say_what_steps_say() -> None:
         ({"schedule": "wsd", "warmup_steps": 9, "decay_steps": 4}, {}, "are together more than steps=12"),
         ({"min_learning_rate": 2}, {}, "min_learning_rate=2.0 is larger than learning_rate=1.0"),
         ({}, {"tokens": 480}, "steps and tokens state the same; give one of them"),
-        ({}, {"steps": None}, "give steps or tokens"),
+        ({}, {"steps": None}, "give steps, tokens or epochs"),
         ({}, {"batch_ramp": {"start_sequences": 1, "increment_sequences": 2, "tokens": 100}}, "batch_ramp from 1 by 2 does not reach global_batch_sequences=4"),
         ({}, {"batch_ramp": {"start_sequences": 4, "increment_sequences": 2, "tokens": 100}}, "must be fewer than global_batch_sequences=4"),
     ],
