@@ -64,7 +64,11 @@ def write_tokenizer(folder: Path, chat_template: str | None = None, *, adds_bos:
             single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", SPECIAL.index("<|begin_of_text|>"))]
         )
     backend.save(str(folder / "tokenizer.json"))
-    described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"__type": "AddedToken", "content": "<|begin_of_text|>", "special": True}, "eos_token": "<|im_end|>"}
+    described: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"__type": "AddedToken", "content": "<|begin_of_text|>", "special": True},
+        "eos_token": "<|im_end|>",
+    }
     if chat_template is not None:
         described["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(described))

@@ -47,7 +47,7 @@ class ChatConfig(Config):
     """
 
     template: str = "tokenizer"
-    variables: dict[str, Any] = {}
+    variables: dict[str, Any] = Field(default={})
     learn: Literal["all", "last"] = "all"
 
 

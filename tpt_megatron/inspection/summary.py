@@ -72,9 +72,7 @@ def _count_sources(parts: dict[str, npt.NDArray[np.int32]], names: list[str | No
         span = slice(begin, begin + SEQUENCES_AT_ONCE)
         for row, weights in enumerate((None, *(values[span] for values in parts.values()))):
             counts[row] += np.bincount(numbers[span], weights, len(names)).astype(np.int64)
-    rows = [
-        SourceCounts(name, int(counts[0, i]), dict(zip(parts, counts[1:, i].tolist(), strict=True))) for i, name in enumerate(names) if counts[0, i]
-    ]
+    rows = [SourceCounts(name, int(counts[0, i]), dict(zip(parts, counts[1:, i].tolist(), strict=True))) for i, name in enumerate(names) if counts[0, i]]
     return sorted(rows, key=lambda row: -row.tokens)
 
 

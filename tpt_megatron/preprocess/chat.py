@@ -132,7 +132,9 @@ def check_chat(template: ChatTemplate, tokenizer: TokenizerLike, name: str) -> N
     text = "".join(segment for _, segment in segments)
     unknown = [token for token in dict.fromkeys(_SPELLED_AS_SPECIAL.findall(text)) if tokenizer.added_token_id(token) is None]
     if unknown:
-        raise ConfigError(f"chat.template={template.name} writes {', '.join(unknown)}, which the tokenizer {name} has no tokens for; give a template of its own")
+        raise ConfigError(
+            f"chat.template={template.name} writes {', '.join(unknown)}, which the tokenizer {name} has no tokens for; give a template of its own"
+        )
 
 
 def _kind(value: object) -> str:

@@ -104,9 +104,7 @@ class PartWriter:
     parts: what tokens can be, DOCUMENT_PARTS or CHAT_PARTS.
     """
 
-    def __init__(
-        self, stem: Path, dtype: np.dtype[Any], eod_id: int, sources: SourceNumbers, *, ordinals: bool, parts: Sequence[int] = DOCUMENT_PARTS
-    ) -> None:
+    def __init__(self, stem: Path, dtype: np.dtype[Any], eod_id: int, sources: SourceNumbers, *, ordinals: bool, parts: Sequence[int] = DOCUMENT_PARTS) -> None:
         self._stem, self._dtype, self._sources = stem, dtype, sources
         self._end = np.array([eod_id], np.uint32)
         self._batch = _Batch()

@@ -129,9 +129,7 @@ class DatasetJoin:
     What is to be copied is hashed and counted on the way; OSError (a full disk) leaves it to be discarded. token_parts: what tokens can be.
     """
 
-    def __init__(
-        self, prefix: Path, dtype: np.dtype[Any], tokenizer_file: str, tokenizer_bytes: bytes, token_parts: Sequence[int] = DOCUMENT_PARTS
-    ) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], tokenizer_file: str, tokenizer_bytes: bytes, token_parts: Sequence[int] = DOCUMENT_PARTS) -> None:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._prefix, self._dtype = prefix, dtype
         self._parts: list[Part] = []

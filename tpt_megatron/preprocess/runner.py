@@ -276,7 +276,7 @@ def _check_unchanged(plan: Plan, inputs: list[Location]) -> None:
 
 
 def _sample(config: PreprocessConfig, inputs: list[Location], chats: ChatReader | None) -> list[str]:
-    """Return some texts of the input, documents and thoughts, or what chats are made of, to try engines on; what cannot be read is left to the run to report."""
+    """Return some texts of the input (documents, thoughts, pieces of chats) to try engines on; what cannot be read is left to the run to report."""
     texts: list[str] = []
     characters = 0
     files = inputs[:: max(1, len(inputs) // SAMPLE_FILES)][:SAMPLE_FILES]

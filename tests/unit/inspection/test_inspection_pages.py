@@ -53,7 +53,11 @@ def test_numbers_equal_direct_computation(tmp_path: Path, monkeypatch: pytest.Mo
         assert [told[f"{percent} %"] for percent in (1, 10, 50, 90, 99)] == [ordered[2 * percent - 1] for percent in (1, 10, 50, 90, 99)]
     for row in summary.by_source:
         of_it = [i for i, (_, _, source) in enumerate(sequences) if source == row.name]
-        assert (row.sequences, row.by_part["document"], row.by_part["thinking"]) == (len(of_it), sum(document[i] for i in of_it), sum(thinking[i] for i in of_it))
+        assert (row.sequences, row.by_part["document"], row.by_part["thinking"]) == (
+            len(of_it),
+            sum(document[i] for i in of_it),
+            sum(thinking[i] for i in of_it),
+        )
     for begin, end, counts in distribution(summary):
         assert counts["thinking"] == sum(begin <= value < end for value in thinking)
         assert counts["document"] == sum(begin <= value < end for value in document)

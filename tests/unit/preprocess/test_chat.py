@@ -252,7 +252,10 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path, case: str) ->
         ("{{ strftime_now('%d') }}", "cannot write these messages: 'strftime_now' is undefined .tried on one user's and one assistant's message"),
         ("{{ messages.append(1) }}", "cannot write these messages: access to attribute 'append' of 'list' object is unsafe"),
         ("{{ ''.__class__.__mro__ }}", "cannot write these messages: access to attribute '__class__' of 'str' object is unsafe"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}", "its text of the messages up to message 2 is not how its text of the whole chat begins .* put {% generation %} around it .tried on"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}",
+            "its text of the messages up to message 2 is not how its text of the whole chat begins .* put {% generation %} around it .tried on",
+        ),
         ("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}", "marks nothing of it as the assistant's"),
     ],
 )
