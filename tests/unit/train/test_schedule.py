@@ -53,6 +53,7 @@ def test_epochs_are_steps_once_the_sequences_of_one_are_known() -> None:
     assert rates(by_epochs.in_steps(19)) == rates(config({"schedule": "cosine", "warmup_steps": 2}))  # 47.5 sequences, of which the last step fills up one
     assert config({}, steps=None, epochs=0.1).in_steps(40).last_step == 1  # of the decimal: in binary it is a little more
     assert config({}, steps=None, epochs=3).in_steps(20).last_step == 15
+    assert config({}, steps=None, epochs=1.64).in_steps(10).last_step == 5  # 16.4 sequences are more than four steps have
     ramp = {"start_sequences": 1, "increment_sequences": 3, "tokens": 50}
     assert config({}, steps=None, epochs=1, batch_ramp=ramp).in_steps(13).last_step == 5 + 2
 
