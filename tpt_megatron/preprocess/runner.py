@@ -89,7 +89,7 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
             if todo:
                 sample = _sample(config, inputs, None if template is None else ChatReader(template, tokenizer, config.fields.names(), config.fields.messages))
                 encoder = choose_engine(tokenizer, config.engine, sample, verify_all=config.verify == "full", reads_special=template is not None)
-                _work(config, plan, pending, tokenizer, encoder, template, todo, joining)
+                _work(config, plan, pending, tokenizer, encoder, todo, joining, template)
                 _check_unchanged(plan, inputs)
             if config.shard is not None:
                 logger.info("%s: shard %s is finished; when all are: tpt preprocess merge %s", config.output, config.shard, config.output)
@@ -306,9 +306,9 @@ def _work(
     arms: list[Arm],
     tokenizer: TokenizerLike,
     encoder: Encoder,
-    template: ChatTemplate | None,
     todo: list[Piece],
     joining: Joining,
+    template: ChatTemplate | None,
 ) -> None:
     """Work the pieces off; with several workers, join those that are finished meanwhile."""
     if config.workers == 1:
