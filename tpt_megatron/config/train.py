@@ -64,6 +64,10 @@ class TrainConfig(Config):
             raise ValueError(f"fp8={self.fp8} goes over precision=bf16, not precision={self.precision}")
         if self.fp8_parameters and self.fp8 == "none":
             raise ValueError("fp8_parameters=true needs a recipe: set fp8")
+        if self.fp8_parameters and not self.parallel.distributed_optimizer:
+            raise ValueError("fp8_parameters=true needs parallel.distributed_optimizer=true, whose fp32 copies they are made from")
+        if self.fp8_parameters and self.fp8 == "mxfp8" and self.parallel.overlap_param_gather:
+            raise ValueError("fp8=mxfp8 with fp8_parameters=true is not supported with parallel.overlap_param_gather=true; set one of them to false")
         if self.validate_every_steps and self.data.validation is None:
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()

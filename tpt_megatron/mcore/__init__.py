@@ -6,6 +6,7 @@ module here is loaded, in this process and in every process that megatron-core s
 
 import logging
 import os
+import sys
 import warnings
 
 import torch
@@ -14,6 +15,10 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not torch.cuda.is_available():
+        # megatron-core takes kernels from these wherever they are installed, also where their CUDA cannot run.
+        for name in ("transformer_engine", "apex"):
+            sys.modules[name] = None  # type: ignore[assignment]  # whoever imports it is told that it is missing
     import megatron.core  # noqa: F401 - first, so that its warnings stay here
 
     if not torch.cuda.is_available():

@@ -99,13 +99,15 @@ def attention_mask(document_bs: torch.Tensor | None, sequence_length: int) -> to
     return allowed[:, None]
 
 
-def packed_documents(document_bs: torch.Tensor) -> PackedSeqParams:
+def packed_documents(document_bs: torch.Tensor, device: torch.device) -> PackedSeqParams:
     """Return where documents begin in the rows of [b, s] laid end to end, for Transformer Engine's attention over sequences of varying length.
 
-    A document does not reach from one row into the next. Positions begin anew with each.
+    A document does not reach from one row into the next. Positions begin anew with each. document_bs is on the CPU, so that finding
+    the bounds does not wait for the GPU; they are put on `device`.
     """
     first = torch.ones_like(document_bs, dtype=torch.bool)
     first[:, 1:] = document_bs[:, 1:] != document_bs[:, :-1]
-    bounds = torch.cat((first.flatten().nonzero().flatten(), torch.tensor([document_bs.numel()], device=document_bs.device))).to(torch.int32)
+    bounds = torch.cat((first.flatten().nonzero().flatten(), torch.tensor([document_bs.numel()]))).to(torch.int32)
     longest = int(bounds.diff().max())
+    bounds = bounds.to(device)
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)

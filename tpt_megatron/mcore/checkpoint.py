@@ -25,12 +25,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper, FullyParallelSaveStrategyWrapper
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from tpt_megatron.checkpoints import (
     CHECKSUMS,
@@ -207,24 +209,39 @@ def load_checkpoint(engine: Engine, folder: Path, way_out: str, *, weights_only:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            left_out = {name: _leave_out_scaling(state[name], folder, everything=weights_only) for name in _chunks(engine)}
             loaded = dist_checkpointing.load(state, str(folder), strategy)
     except (CheckpointingException, CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         # torch gathers the ranks' failures into one that is no Exception; its first line names the rank, the last the cause.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise CheckpointError(f"{folder}: cannot be loaded ({lines[-1]}); {way_out}") from error
     for name, chunk in _chunks(engine).items():
-        chunk.load_state_dict(loaded[name])
+        chunk.load_state_dict(dict.fromkeys(left_out[name]) | loaded[name])
     if weights_only:
-        engine.optimizer.reload_model_params()  # its own copies of them, where it has any
+        engine.load_parameters(loaded, weights_only=True)
         return
     try:
         with torch.no_grad():
             engine.optimizer.load_state_dict(loaded["optimizer"])
+            engine.load_parameters(loaded, weights_only=False)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: its optimizer's state does not fit this layout's ({error}); set parallel.distributed_optimizer and parallel.expert_parallel "
             "as they were, or begin another run with checkpoint.load_from and checkpoint.load=weights"
         ) from error
+
+
+def _leave_out_scaling(chunk_state: dict[str, Any], folder: Path, *, everything: bool) -> list[str]:
+    """Remove Transformer Engine's scaling from a chunk's state, all of it or what the checkpoint does not have; return the keys.
+
+    It belongs to a precision and not to the weights: a module begins anew without. A checkpoint that was written on a CPU has none of norms.
+    """
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    scaling = {key: value for key, value in chunk_state.items() if isinstance(value, ShardedObject) and key.endswith("_extra_state")}
+    keys = [key for key, value in scaling.items() if everything or value.unique_key not in saved]
+    for key in keys:
+        del chunk_state[key]
+    return keys
 
 
 def _verify(folder: Path, way_out: str) -> None:

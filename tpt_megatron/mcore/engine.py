@@ -5,7 +5,7 @@ The trainer says when (train/loop.py); this says how. Ranks and pipeline stages 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.mcore.attention import attention_mask, on_this_context_rank, packed_documents
 from tpt_megatron.mcore.machine import check_machine
-from tpt_megatron.mcore.model import build_model, seed_everything, transformer_config
+from tpt_megatron.mcore.model import build_model, gathers_in_bf16, seed_everything, transformer_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,8 @@ class Engine:
             adam_beta2=chosen.beta2,
             adam_eps=chosen.epsilon,
             clip_grad=chosen.clip_gradient_norm,
+            fp8_recipe=None if config.fp8 == "none" else config.fp8,
+            reuse_grad_buf_for_mxfp8_param_ag=gathers_in_bf16(config),
             bf16=config.precision == "bf16",
             params_dtype=core.params_dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
@@ -144,6 +146,26 @@ class Engine:
             self._clip(gradient_norm)
             self.optimizer.step_with_ready_grads()
         return StepResult(losses, gradient_norm, updated)
+
+    def load_parameters(self, loaded: Mapping[str, Any], *, weights_only: bool) -> None:
+        """Bring model and optimizer into step after a checkpoint's were loaded. loaded: the chunks' weights by name, in full precision.
+
+        weights_only: the optimizer's fp32 parameters become the model's. FP8 parameters are quantized anew from the fp32 ones, as after a step:
+        what load_state_dict made of them was quantized before their scales were loaded.
+        """
+        in_fp8 = self._config.fp8_parameters
+        if weights_only:
+            self.optimizer.reload_model_params(state_dict=dict(loaded) if in_fp8 else None)
+        if not in_fp8:
+            return
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if gathers_in_bf16(self._config):
+                part._copy_main_params_to_param_buffer()
+            else:
+                part._copy_main_params_to_model_params()
+        if not self._config.parallel.overlap_param_gather:  # else the next forward pass gathers them
+            for chunk in self.model:
+                chunk.start_param_sync()
 
     def _clip(self, gradient_norm: float) -> None:
         """Bring the gradient of all parameters, whichever optimizer has them, under the config's norm."""
@@ -203,13 +225,13 @@ class Engine:
             return on_this_context_rank(torch.from_numpy(array).to(self._device, non_blocking=True))
 
         tokens, labels, weights, kinds = (mine(array) for array in (batch.tokens, batch.labels, batch.weights, batch.kinds))
-        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(self._device)
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents)
         length = batch.tokens.shape[1]
         positions = on_this_context_rank(torch.arange(length, device=self._device)[None]).expand_as(tokens)
         mask = packed = None
         if self._is_packed:
             assert documents is not None
-            packed = packed_documents(documents)
+            packed = packed_documents(documents, self._device)
             tokens, labels, weights, kinds, positions = (tensor.reshape(1, -1) for tensor in (tokens, labels, weights, kinds, positions))
         elif self._device.type == "cpu":  # Transformer Engine's attention is causal by itself
             mask = attention_mask(documents, length)
@@ -222,6 +244,7 @@ class Engine:
         losses = token_losses.float()
         weighted = (losses * weights).sum()
         plain, kinds = losses.detach().double().flatten(), kinds.flatten().long()
-        by_kind = [torch.bincount(kinds, weights=of, minlength=self._kinds) for of in (plain, torch.ones_like(plain))]
-        sums = torch.cat((torch.stack((weighted.detach().double(), weights.double().sum())), *by_kind))
+        # Not bincount, for which the host would wait for the GPU.
+        by_kind = plain.new_zeros(2, self._kinds).index_add_(1, kinds, torch.stack((plain, torch.ones_like(plain))))
+        sums = torch.cat((torch.stack((weighted.detach().double(), weights.double().sum())), by_kind.flatten()))
         return weighted * self._weight_scale, (weights > 0).sum().to(torch.int), {"sums": sums}

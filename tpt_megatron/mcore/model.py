@@ -50,8 +50,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         attention_dropout=0.0,
         init_method_std=model.init_std,
         embedding_init_method_std=model.embedding_init_std,
-        # Draws whole matrices and cuts them, so that the initial weights do not depend on tensor parallelism.
-        use_cpu_initialization=True,
+        use_cpu_initialization=_draws_on_cpu(config, on_cuda=on_cuda),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.precision == "bf16",
@@ -80,6 +79,20 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         gradient_accumulation_fusion=not on_cuda,
         persist_layer_norm=False,
     )
+
+
+def _draws_on_cpu(config: TrainConfig, *, on_cuda: bool) -> bool:
+    """Say whether weights are drawn on the CPU: whole matrices, which are cut, so that they do not depend on tensor parallelism.
+
+    Transformer Engine's experts are not cut but drawn as each rank has them, which gives all ranks the same ones from the CPU's one seed;
+    and what is to be FP8 from the beginning is quantized where it is drawn, which only a GPU can.
+    """
+    return not (on_cuda and (config.model.experts is not None or config.fp8_parameters))
+
+
+def gathers_in_bf16(config: TrainConfig) -> bool:
+    """Say whether parameters are gathered over data-parallel ranks in bf16 and quantized then: MXFP8 ones, which cannot lie in a common buffer."""
+    return config.fp8 == "mxfp8" and config.fp8_parameters
 
 
 def _expert_settings(config: TrainConfig, *, on_cuda: bool) -> dict[str, Any]:
@@ -198,6 +211,7 @@ def _build_chunk(config: TrainConfig, core: TransformerConfig, stage: int | None
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
         fp8_param_gather=config.fp8_parameters,
+        reuse_grad_buf_for_mxfp8_param_ag=gathers_in_bf16(config),
         check_for_nan_in_grad=False,  # the trainer looks at loss and gradient norm, and says it in one line
         bucket_size=40_000_000 if parallel.overlap_grad_reduce else None,
     )

@@ -79,10 +79,20 @@ def test_worlds_that_a_layout_does_not_fill_are_refused(parallel: dict[str, Any]
     assert says in str(refused.value)
 
 
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"fp8": "delayed"}, "fp8=delayed goes over precision=bf16"), ({"fp8_parameters": True}, "needs a recipe: set fp8")]
+    ("parallel", "changes", "says"),
+    [
+        ({}, {"fp8": "delayed", "precision": "fp32"}, "fp8=delayed goes over precision=bf16"),
+        ({}, {"fp8_parameters": True}, "needs a recipe: set fp8"),
+        ({"distributed_optimizer": False}, {"fp8": "delayed", "fp8_parameters": True}, "fp8_parameters=true needs parallel.distributed_optimizer=true"),
+        (OVERLAPPED, {"fp8": "mxfp8", "fp8_parameters": True}, "is not supported with parallel.overlap_param_gather=true"),
+    ],
 )
-def test_fp8_goes_over_bf16(changes: dict[str, Any], says: str) -> None:
+def test_fp8_goes_over_bf16_and_its_parameters_are_made_from_fp32(parallel: dict[str, Any], changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        config(SHAPE, {}, **changes)
+        config(SHAPE, parallel, **{"precision": "bf16"} | changes)
     assert says in str(refused.value)
+    config(SHAPE, OVERLAPPED, precision="bf16", fp8="delayed", fp8_parameters=True)
