@@ -16,7 +16,7 @@ VOCABULARY, SEQUENCE, GLOBAL_BATCH, KINDS = 250, 32, 8, 4
 WEIGHT_OF_DOCUMENT = 0.3
 
 
-def micro_batches(step: int, rank: int, ranks: int) -> list[MicroBatch]:
+def micro_batches(rank: int, ranks: int, attention: str) -> list[MicroBatch]:
     """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate and weigh differently."""
     batches = []
     share = GLOBAL_BATCH // ranks
@@ -28,7 +28,7 @@ def micro_batches(step: int, rank: int, ranks: int) -> list[MicroBatch]:
         parts = (np.arange(SEQUENCE) % 3 == 0).astype(np.uint8)[None]
         kinds = (parts + 2 * (number % 2)).astype(np.int32)  # two parts of two sources
         weights = np.where(parts == 0, WEIGHT_OF_DOCUMENT, 1.0).astype(np.float32)
-        batches.append(MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), weights, kinds, documents))
+        batches.append(MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), weights, kinds, documents if attention == "document" else None))
     return batches
 
 
@@ -46,7 +46,7 @@ def main() -> None:
             writer = CheckpointWriter(engine, Path(job["save"]))
             writer.save(step, {}, {})
             writer.wait()
-        batches = micro_batches(step, layout.data_parallel_rank, layout.data_parallel_size)
+        batches = micro_batches(layout.data_parallel_rank, layout.data_parallel_size, config.data.attention)
         result = engine.train_step(batches, learning_rate=3e-3)
         by_kind = {f"loss_{kind}": result.losses.mean([kind]) for kind in range(KINDS)}
         lines.append({"step": step, "loss": result.losses.loss, **by_kind, "gradient_norm": result.gradient_norm})

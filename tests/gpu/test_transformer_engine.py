@@ -15,8 +15,8 @@ import torch
 WORKER = Path(__file__).parents[1] / "distributed/parity_worker.py"
 STEPS, HALF = 20, 10
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-BF16, FP8 = 0.02, 0.06
-"""How far losses of 5 and less may be from those of a CPU in fp32, with 8 and with 3 or 4 bits of precision."""
+BF16, FP8 = 0.05, 0.15
+"""How far losses of 5 and less may be from those of a CPU in fp32: three times what a CPU in bf16 is, without and with operands rounded to FP8."""
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 many = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL gives each rank its own")
@@ -28,7 +28,7 @@ DATA = {"train": "unused", "sequence_length": 32, "loss_weights": {"document": 0
 def job_config(**changes: Any) -> dict[str, Any]:
     return {
         "run_dir": "unused",
-        "model": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 192, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64},
+        "model": {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64},
         "data": DATA,
         "optimizer": {"learning_rate": 3e-3},
         "steps": STEPS,

@@ -119,10 +119,15 @@ class DataConfig(Config):
             return {}
         return {"": self.validation} if isinstance(self.validation, str) else self.validation
 
-    def check_budgets(self, run_sequences: int) -> None:
-        """Raise ValueError when a blend's token budgets do not last for the run's sequences."""
+    def check_lengths(self, run_sequences: int) -> None:
+        """Raise ValueError for a stage that the run does not reach, and for token budgets of a blend that do not last for the run's sequences."""
         left = run_sequences
         for number, stage in enumerate(self.blends):
+            if not left:
+                raise ValueError(
+                    f"data.stages.{number} is never reached: the run reads {run_sequences * self.sequence_length:,} tokens, and the stages before it "
+                    "have as many or more; make the run longer, lower their tokens, or leave this stage out"
+                )
             sequences = left if stage.tokens is None else min(left, stage.tokens // self.sequence_length)
             left -= sequences
             budget = sum(share.tokens or 0 for share in stage.train)

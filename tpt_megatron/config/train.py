@@ -72,7 +72,7 @@ class TrainConfig(Config):
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()
         if self.epochs is None:
-            self.data.check_budgets(self.progress.sequences_before(self.last_step + 1))
+            self.data.check_lengths(self.progress.sequences_before(self.last_step + 1))
         if self.checkpoint.keep_best and (not self.validate_every_steps or self.checkpoint.every_steps % self.validate_every_steps):
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_loss for every checkpoint: checkpoint.every_steps="

@@ -233,8 +233,10 @@ class Engine:
             assert documents is not None
             packed = packed_documents(documents, self._device)
             tokens, labels, weights, kinds, positions = (tensor.reshape(1, -1) for tensor in (tokens, labels, weights, kinds, positions))
-        elif self._device.type == "cpu":  # Transformer Engine's attention is causal by itself
+        elif self._device.type == "cpu":
             mask = attention_mask(documents, length)
+        else:
+            assert documents is None  # Transformer Engine's attention is causal by itself, over the whole sequence
         with self._around_forward():
             output = model(tokens, positions, mask, labels=labels, loss_mask=weights, packed_seq_params=packed)
         return output, partial(self._sum_losses, weights, kinds)

@@ -45,6 +45,15 @@ def test_budgets_last_for_the_run_and_for_each_stage() -> None:
         config({"stages": [{"tokens": 169, "train": budgets}, {"train": "a"}]}, steps=1000)
 
 
+def test_a_stage_that_the_run_does_not_reach_is_refused() -> None:
+    config({"stages": [{"tokens": 80, "train": "a"}, {"tokens": 72, "train": "b"}, {"train": "c"}]})  # one sequence is left for the last
+    for second in (80, 800):
+        with pytest.raises(ConfigError, match=r"data\.stages\.2 is never reached: the run reads 160 tokens, and the stages before it have as many or more"):
+            config({"stages": [{"tokens": 80, "train": "a"}, {"tokens": second, "train": "b"}, {"train": "c"}]})
+    with pytest.raises(ConfigError, match=r"data\.stages\.1 is never reached"):
+        config({"stages": [{"tokens": 167, "train": "a"}, {"tokens": 8, "train": "b"}, {"train": "c"}]})
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
