@@ -16,20 +16,24 @@ VOCABULARY, SEQUENCE, GLOBAL_BATCH, KINDS = 250, 32, 8, 4
 WEIGHT_OF_DOCUMENT = 0.3
 
 
-def micro_batches(rank: int, ranks: int, attention: str) -> list[MicroBatch]:
+def micro_batches(config: TrainConfig, rank: int, ranks: int) -> list[MicroBatch]:
     """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate and weigh differently."""
-    batches = []
-    share = GLOBAL_BATCH // ranks
-    for number in range(rank * share, (rank + 1) * share):
-        # The same eight sequences every step, so that there is something to learn.
-        row = np.random.default_rng(number).integers(0, VOCABULARY, (1, SEQUENCE + 1))
-        cut = 5 + number
-        documents = (np.arange(SEQUENCE) >= cut).astype(np.int32)[None]
-        parts = (np.arange(SEQUENCE) % 3 == 0).astype(np.uint8)[None]
-        kinds = (parts + 2 * (number % 2)).astype(np.int32)  # two parts of two sources
-        weights = np.where(parts == 0, WEIGHT_OF_DOCUMENT, 1.0).astype(np.float32)
-        batches.append(MicroBatch(row[:, :-1].copy(), row[:, 1:].copy(), weights, kinds, documents if attention == "document" else None))
-    return batches
+    share, micro = GLOBAL_BATCH // ranks, config.micro_batch_sequences
+    return [micro_batch(config, range(first, first + micro)) for first in range(rank * share, (rank + 1) * share, micro)]
+
+
+def micro_batch(config: TrainConfig, numbers: range) -> MicroBatch:
+    # The same eight sequences every step, so that there is something to learn.
+    rows = np.stack([np.random.default_rng(number).integers(0, VOCABULARY, SEQUENCE + 1) for number in numbers])
+    places, number = np.arange(SEQUENCE), np.array(numbers)[:, None]
+    parts = np.broadcast_to(places % 3 == 0, (len(numbers), SEQUENCE))
+    return MicroBatch(
+        tokens=rows[:, :-1].copy(),
+        labels=rows[:, 1:].copy(),
+        weights=np.where(parts, 1.0, WEIGHT_OF_DOCUMENT).astype(np.float32),
+        kinds=(parts + 2 * (number % 2)).astype(np.int32),  # two parts of two sources
+        documents=(places >= 5 + number).astype(np.int32) if config.data.attention == "document" else None,
+    )
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
             writer = CheckpointWriter(engine, Path(job["save"]))
             writer.save(step, {}, {})
             writer.wait()
-        batches = micro_batches(layout.data_parallel_rank, layout.data_parallel_size, config.data.attention)
+        batches = micro_batches(config, layout.data_parallel_rank, layout.data_parallel_size)
         result = engine.train_step(batches, learning_rate=3e-3)
         by_kind = {f"loss_{kind}": result.losses.mean([kind]) for kind in range(KINDS)}
         lines.append({"step": step, "loss": result.losses.loss, **by_kind, "gradient_norm": result.gradient_norm})

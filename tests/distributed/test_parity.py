@@ -1,9 +1,6 @@
 """The same weights and data give the same losses under every layout, and across a change of layout. Real processes."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +8,8 @@ from typing import Any
 
 import pytest
 
-WORKER = Path(__file__).with_name("parity_worker.py")
+from tests.support.ranks import WarmRanks
+
 STEPS = 20
 BOUND = 1e-5
 
@@ -58,11 +56,12 @@ def job_config(model: str, parallel: dict[str, Any]) -> dict[str, Any]:
         "parallel": parallel,
         "steps": STEPS,
         "global_batch_sequences": 8,
+        "micro_batch_sequences": 2,
     }
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, warm_ranks: WarmRanks) -> Run:
     def start(
         model: str,
         ranks: int,
@@ -73,10 +72,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         last: int = STEPS,
         save: Path | None = None,
         save_before: int = 0,
+        **changes: Any,
     ) -> Any:
         folder = tmp_path_factory.mktemp("job")
         job = {
-            "config": job_config(model, parallel),
+            "config": job_config(model, parallel) | changes,
             "load": str(load) if load else None,
             "save": str(save) if save else None,
             "save_before": save_before,
@@ -85,8 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "output": str(folder / "losses.json"),
         }
         (folder / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(WORKER), str(folder / "job.json")]
-        ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False)
+        ended = warm_ranks.run(str(folder / "job.json"), module="tests.distributed.parity_worker", ranks=ranks)
         assert ended.returncode == 0, ended.stderr[-8000:]
         return json.loads((folder / "losses.json").read_text())
 
@@ -137,6 +136,18 @@ def test_multi_token_prediction_learns_the_same(name: str, run: Run, reference: 
     ranks, parallel = OF_MTP[name]
     initial, losses = reference("mtp")
     assert_close(run("mtp", ranks, parallel, load=initial), losses)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_bit(recompute: str, run: Run, reference: Reference) -> None:
+    initial, losses = reference("dense")
+    assert run("dense", 1, {}, load=initial, recompute=recompute) == losses
+
+
+def test_recomputing_whole_layers_learns_the_same_under_tensor_parallelism(run: Run, reference: Reference) -> None:
+    initial, losses = reference("dense")
+    ranks, parallel = LAYOUTS["TP2+SP"]
+    assert_close(run("dense", ranks, parallel, load=initial, recompute="full"), losses)
 
 
 CHANGES = [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from tests.support.metrics import learned
+from tests.support.ranks import WarmRanks
 from tests.support.tensors import assert_same_tensors
 from tpt_megatron.config.load import load_config
 from tpt_megatron.config.train import TrainConfig
@@ -55,9 +57,13 @@ def write_config(folder: Path, datasets: Path, **changes: Any) -> Path:
     return path
 
 
-def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tpt_megatron.cli", "train", str(config), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def train(warm_ranks: WarmRanks) -> Train:
+    """Run `tpt train CONFIG key=value ...` to its end, in a process of its own."""
+    return lambda config, *overrides: warm_ranks.run("train", str(config), *overrides)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -66,7 +72,7 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, datasets: Path, train: Train) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     ended = train(write_config(folder, datasets))
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -82,7 +88,7 @@ def rewind(folder: Path, step: int) -> None:
     (folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
-def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
     copy_of(unbroken, tmp_path)
     rewind(tmp_path, 8)
     config = write_config(tmp_path, datasets)
@@ -91,7 +97,7 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path: Path, data
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]) == 2
 
 
-def test_sigterm_saves_and_exits_3_and_the_same_command_continues(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+def test_sigterm_saves_and_exits_3_and_the_same_command_continues(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
     # So many steps that the signal comes in the middle; the schedule is constant, so the first ones equal the unbroken run's.
     config = write_config(tmp_path, datasets, steps=100_000)
     command = [sys.executable, "-m", "tpt_megatron.cli", "train", str(config)]
@@ -160,7 +166,7 @@ def remove_folder(run: Path) -> None:
         (remove_folder, "no such checkpoint"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path, unbroken: Path, damage: Any, says: str) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path, unbroken: Path, damage: Any, says: str, train: Train) -> None:
     copy_of(unbroken, tmp_path)
     damage(tmp_path / "run")
     ended = train(write_config(tmp_path, datasets, steps=STEPS + 1))
@@ -173,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, datasets: Path,
         assert "the complete one before it is of step 8: write 8 into" in ended.stderr
 
 
-def test_the_way_out_of_a_flipped_byte_leads_to_the_unbroken_run(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+def test_the_way_out_of_a_flipped_byte_leads_to_the_unbroken_run(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
     copy_of(unbroken, tmp_path)
     flip_a_byte(tmp_path / "run")
     rewind(tmp_path, 8)
@@ -182,7 +188,7 @@ def test_the_way_out_of_a_flipped_byte_leads_to_the_unbroken_run(tmp_path: Path,
     assert_same_tensors(tmp_path / "run", unbroken / "run")
 
 
-def test_a_checkpoint_without_checksums_or_scaling_still_loads(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+def test_a_checkpoint_without_checksums_or_scaling_still_loads(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
     copy_of(unbroken, tmp_path)
     rewind(tmp_path, 8)
     folder = tmp_path / "run" / "checkpoints" / "iter_0000008"
@@ -199,7 +205,7 @@ def test_a_checkpoint_without_checksums_or_scaling_still_loads(tmp_path: Path, d
     assert losses(tmp_path) == losses(unbroken)
 
 
-def test_retention_deletes_what_need_not_be_kept_and_the_best_survives_a_restart(tmp_path: Path, datasets: Path) -> None:
+def test_retention_deletes_what_need_not_be_kept_and_the_best_survives_a_restart(tmp_path: Path, datasets: Path, train: Train) -> None:
     data = {"train": str(datasets / "datasets/append/train"), "validation": str(datasets / "other/append/train"), "sequence_length": 32}
     rules = {"every_steps": 1, "keep_last": 2, "keep_every_steps": 5, "keep_best": 1}
     config = write_config(tmp_path, datasets, data=data, checkpoint=rules, validate_every_steps=1)
@@ -216,7 +222,7 @@ def test_retention_deletes_what_need_not_be_kept_and_the_best_survives_a_restart
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_a_run_may_start_from_weights_alone_with_a_fresh_optimizer(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+def test_a_run_may_start_from_weights_alone_with_a_fresh_optimizer(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
     source = unbroken / "run" / "checkpoints" / f"iter_{STEPS:07d}"
     found = {}
     for load in ("weights", "all"):
@@ -234,7 +240,31 @@ def test_a_run_may_start_from_weights_alone_with_a_fresh_optimizer(tmp_path: Pat
     assert found["all"].read(moments).sum() > 3 * found["weights"].read(moments).sum(), "the optimizer was not fresh"
 
 
-def test_bf16_resumes_bit_for_bit_and_writing_behind_its_back_changes_nothing(tmp_path: Path, datasets: Path) -> None:
+def test_weights_of_one_precision_start_a_run_in_another_and_go_back(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
+    read, source = {"fp32": CheckpointReader(unbroken / "run" / "checkpoints" / f"iter_{STEPS:07d}")}, unbroken
+    for precision in ("bf16", "fp32"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        start = (f"checkpoint.load_from={find_checkpoint(source / 'run')}", f"precision={precision}", "steps=1", "optimizer.learning_rate=1e-9")
+        refused = train(write_config(folder, datasets), *start)
+        assert refused.returncode == 1
+        assert f"the config says precision={precision}" in refused.stderr
+        ended = train(write_config(folder, datasets), *start, "checkpoint.load=weights")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        read[f"from {source.name}"], source = CheckpointReader(find_checkpoint(folder / "run")), folder
+    first, in_bf16, back = read.values()
+    weights = [key for key in first.tensors if not key.startswith("optimizer.") and "_extra_state" not in key]
+    assert weights
+    for key in weights:
+        rounded = first.read(key).bfloat16()
+        # The rate is so small that one step changes none but the smallest weights.
+        torch.testing.assert_close(in_bf16.read(key), rounded, atol=1e-8, rtol=0)
+        torch.testing.assert_close(back.read(key), rounded.float(), atol=1e-8, rtol=0)
+        # The optimizer of the run in bf16 has its own copy in fp32, which began at the weights.
+        torch.testing.assert_close(in_bf16.read(f"optimizer.state.param.{key}"), rounded.float(), atol=1e-8, rtol=0)
+
+
+def test_bf16_resumes_bit_for_bit_and_writing_behind_its_back_changes_nothing(tmp_path: Path, datasets: Path, train: Train) -> None:
     model = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 2, "num_query_groups": 2}
     folders = [tmp_path / name for name in ("unbroken", "stopped")]
     for folder, stops in zip(folders, ([4], [1, 4]), strict=True):
@@ -258,7 +288,9 @@ def test_bf16_resumes_bit_for_bit_and_writing_behind_its_back_changes_nothing(tm
         (("global_batch_sequences=6", "micro_batch_sequences=4"), 2, "global_batch_sequences=6 is not a multiple of"),
     ],
 )
-def test_what_does_not_continue_the_run_is_refused(tmp_path: Path, datasets: Path, unbroken: Path, overrides: tuple[str, ...], code: int, says: str) -> None:
+def test_what_does_not_continue_the_run_is_refused(
+    tmp_path: Path, datasets: Path, unbroken: Path, overrides: tuple[str, ...], code: int, says: str, train: Train
+) -> None:
     copy_of(unbroken, tmp_path)
     ended = train(write_config(tmp_path, datasets, steps=STEPS + 1), *(override.format(root=datasets) for override in overrides))
     assert ended.returncode == code
@@ -267,7 +299,7 @@ def test_what_does_not_continue_the_run_is_refused(tmp_path: Path, datasets: Pat
     assert losses(tmp_path) == losses(unbroken)
 
 
-def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(tmp_path: Path, datasets: Path) -> None:
+def test_a_blend_in_stages_packed_and_validated_by_name_goes_on_as_if_unbroken(tmp_path: Path, datasets: Path, train: Train) -> None:
     one, other = (str(datasets / name / "append" / "train") for name in ("datasets", "other"))
     shares = [{"path": one, "weight": 0.7}, {"path": other, "weight": 0.3, "max_epochs": 2}]
     data = {
@@ -314,7 +346,7 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "datasets/vanilla/train"
 
 
-def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: Path, datasets: Path, spiky: Path) -> None:
+def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: Path, datasets: Path, spiky: Path, train: Train) -> None:
     data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 5}
     config = write_config(tmp_path, datasets, data=data, faults=faults, steps=200, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 1e-3})
     ended = train(config)
@@ -333,7 +365,7 @@ def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: P
     assert learned(tmp_path / "run") == lines
 
 
-def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path, datasets: Path, spiky: Path) -> None:
+def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path, datasets: Path, spiky: Path, train: Train) -> None:
     data, faults = {"train": str(spiky), "sequence_length": 32}, {"spike_factor": 50, "skips_in_a_row": 1}
     config = write_config(tmp_path, datasets, data=data, faults=faults, steps=1000, checkpoint={"every_steps": 10}, optimizer={"learning_rate": 3e-3})
     ended = train(config)
@@ -377,7 +409,7 @@ def test_a_stalled_rank_is_found_and_ends_the_job(tmp_path: Path, datasets: Path
     psutil.wait_procs([stalled, other], timeout=30)
 
 
-def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Path, unbroken: Path) -> None:
+def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Path, unbroken: Path, train: Train) -> None:
     copy_of(unbroken, tmp_path)
     leftover = tmp_path / "run" / "checkpoints" / ".iter_0000099.tmp"
     leftover.mkdir()
@@ -385,7 +417,7 @@ def test_what_a_crash_left_of_a_save_is_cleaned_up(tmp_path: Path, datasets: Pat
     assert not leftover.exists()
 
 
-def test_a_diverging_run_stops_in_one_line_and_saves_nothing(tmp_path: Path, datasets: Path) -> None:
+def test_a_diverging_run_stops_in_one_line_and_saves_nothing(tmp_path: Path, datasets: Path, train: Train) -> None:
     ended = train(write_config(tmp_path, datasets), "optimizer.learning_rate=1e30", "optimizer.clip_gradient_norm=0")
     assert ended.returncode == 1
     assert "lower optimizer.learning_rate" in ended.stderr
@@ -393,7 +425,7 @@ def test_a_diverging_run_stops_in_one_line_and_saves_nothing(tmp_path: Path, dat
     assert not list((tmp_path / "run" / "checkpoints").glob("iter_*"))
 
 
-def test_a_vocabulary_smaller_than_a_bare_datasets_tokens_is_refused(tmp_path: Path, datasets: Path) -> None:
+def test_a_vocabulary_smaller_than_a_bare_datasets_tokens_is_refused(tmp_path: Path, datasets: Path, train: Train) -> None:
     for ending in ("bin", "idx"):
         shutil.copy(datasets / "datasets" / "append" / f"train.{ending}", tmp_path / f"bare.{ending}")
     config = write_config(tmp_path, datasets)
@@ -403,7 +435,7 @@ def test_a_vocabulary_smaller_than_a_bare_datasets_tokens_is_refused(tmp_path: P
     assert train(config, f"data.train={tmp_path / 'bare'}", "model.vocab_size=257", "steps=2").returncode == 0
 
 
-def test_an_unwritable_run_folder_is_one_line(tmp_path: Path, datasets: Path) -> None:
+def test_an_unwritable_run_folder_is_one_line(tmp_path: Path, datasets: Path, train: Train) -> None:
     (tmp_path / "run").write_text("a file")
     ended = train(write_config(tmp_path, datasets))
     assert ended.returncode == 1

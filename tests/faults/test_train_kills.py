@@ -3,61 +3,24 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.support.metrics import learned
+from tests.support.ranks import WarmRanks, end
 from tests.support.tensors import assert_same_tensors
 from tpt_megatron.checkpoints import damages, finished_steps, iteration_folder, latest_step, read_checksums
 
 GROUP_KILLS, RANK_KILLS = 16, 4
 TRAINING_S, SAVING_S = 2.0, 0.15
 """How long after a start, or after a save was seen to begin, a kill comes at most."""
-
-
-class WarmRanks:
-    """A process from which two ranks start at once (warm_ranks.py)."""
-
-    def __init__(self, stderr: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("warm_ranks.py"))]
-        with open(stderr, "ab") as said:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True
-            )
-
-    def start(self, *arguments: str) -> list[psutil.Process]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._process.stdin.write(json.dumps({"arguments": arguments, "port": port}) + "\n")
-        self._process.stdin.flush()
-        return [psutil.Process(process) for process in json.loads(self._process.stdout.readline())]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        end(self._process)
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """End a process and all that it started, whatever has gone wrong."""
-    family = [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-    for member in family:
-        member.kill()
-    process.wait(30)
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
 
 
 class Run:
@@ -144,16 +107,16 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, datasets: Path) -> None:
     print("seed", seed)  # of the moments, as far as they are ours to choose
     random.seed(seed)
     run, unbroken = Run(tmp_path / "killed", datasets), Run(tmp_path / "unbroken", datasets)
-    with WarmRanks(tmp_path / "stderr") as warm:
+    with WarmRanks(tmp_path) as warm:
         for number in range(GROUP_KILLS):  # all ranks at once
             sessions = run.sessions()
-            ranks = warm.start(str(run.config), f"checkpoint.asynchronous={'true' if number % 2 else 'false'}")
+            ranks = warm.start("train", str(run.config), f"checkpoint.asynchronous={'true' if number % 2 else 'false'}")
             run.wait_for_moment(ranks[0], sessions)
             run.kill(ranks)
         kill_single_ranks(run)
         last = (latest_step(run.checkpoints) or 0) + 3
         for one, overrides in ((run, ()), (unbroken, ("checkpoint.every_steps=0",))):
-            psutil.wait_procs(warm.start(str(one.config), f"steps={last}", *overrides), timeout=120)
+            psutil.wait_procs(warm.start("train", str(one.config), f"steps={last}", *overrides), timeout=120)
             assert latest_step(one.checkpoints) == last, one.said()
     print(f"{run.kills} kills, {run.within_saves} within saves, {run.writers_seen} writers died with them, {run.sessions()} starts, {last} steps")
     assert run.kills == 20
