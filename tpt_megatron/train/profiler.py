@@ -1,4 +1,4 @@
-"""A trace of some steps: torch's profiler on any machine, NVTX ranges for nsys on CUDA."""
+"""A trace of some steps, with a range for each: by torch's profiler on any machine, and for nsys (NVTX) on CUDA."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class StepProfiler:
         self._config = config if config is not None and rank in config.ranks else None
         self._path = folder / f"rank-{rank:05}.json.gz"
         self._profile: Any = None
+        self._range: Any = None
+        """Of the step under way, in the trace."""
         self._on_cuda = torch.cuda.is_available()
 
     def __enter__(self) -> StepProfiler:
@@ -46,20 +48,29 @@ class StepProfiler:
         """End the trace after its last step."""
         if self._profile is None or self._config is None:
             return
-        if self._on_cuda:
-            _cuda.nvtx.range_pop()
+        self._pop()
         if step + 1 >= self._config.first_step + self._config.steps:
             self._end()
         else:
             self._push(step + 1)
 
     def _push(self, step: int) -> None:
+        self._range = torch.profiler.record_function(f"step {step}")
+        self._range.__enter__()
         if self._on_cuda:
             _cuda.nvtx.range_push(f"step {step}")
+
+    def _pop(self) -> None:
+        if self._on_cuda:
+            _cuda.nvtx.range_pop()
+        self._range.__exit__(None, None, None)
+        self._range = None
 
     def _end(self) -> None:
         if self._profile is None:
             return
+        if self._range is not None:  # the run ends within a step
+            self._pop()
         self._profile.__exit__(None, None, None)
         if self._on_cuda:
             _cuda.cudart().cudaProfilerStop()
