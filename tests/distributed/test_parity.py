@@ -52,7 +52,8 @@ def job_config(model: str, parallel: dict[str, Any]) -> dict[str, Any]:
         "run_dir": "unused",
         "model": MODELS[model],
         "data": {"train": "unused", "sequence_length": 32, "loss_weights": {"document": 0.3}},
-        "optimizer": {"learning_rate": 3e-3},
+        # Adam makes steps of one size of gradients that are all but zero, and so of their rounding, unless epsilon is above it.
+        "optimizer": {"learning_rate": 3e-3, "epsilon": 1e-6},
         "parallel": parallel,
         "steps": STEPS,
         "global_batch_sequences": 8,
