@@ -28,6 +28,8 @@ from tpt_megatron.storage import locate, sync_folder
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 DESCRIPTION = "tpt.json"
+IMPORTED = "hugging_face."
+"""How names begin of the files that a model was imported with, config.json and tokenizer: an export of what was trained from it has them again."""
 HASHED_AT_ONCE = 2
 """Files that one rank reads at a time: one core hashes about as fast as a disk reads."""
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-convert_app = typer.Typer(help="Convert checkpoints to Hugging Face model folders.", no_args_is_help=True)
+convert_app = typer.Typer(help="Convert Hugging Face model folders to checkpoints, and back.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a recipe that ships with the package.")]
@@ -177,18 +177,58 @@ def train(config: ConfigName, overrides: Overrides = None) -> None:
     run_train(loaded)
 
 
+Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Then compare every tensor, and the logits of transformers and megatron-core.")]
+
+
+@convert_app.command("import")
+def import_(
+    model: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face model folder: config.json and safetensors.")],
+    output: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="The folder of checkpoints to make; iter_0000000 goes into it.")],
+    dtype: Dtype = None,
+    verify: Verify = False,
+) -> None:
+    """Import a Hugging Face model as a checkpoint, from which training can start."""
+    _require("torch", "safetensors", extra="train")
+    _require_for_verification(verify)
+    from tpt_megatron.convert.importing import import_model
+
+    folder = import_model(model, output, dtype)
+    print(f"{folder}: start from it with checkpoint.load_from={output} checkpoint.load=weights")
+    if verify:
+        _verify(folder, model, "checkpoint")
+
+
 @convert_app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="An iter_ folder, a checkpoints folder (its latest), or a run folder.")],
     output: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The Hugging Face model folder to make.")],
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")] = None,
+    dtype: Dtype = None,
+    verify: Verify = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder."""
     _require("torch", "safetensors", extra="train")
+    _require_for_verification(verify)
     from tpt_megatron.convert.export import export_checkpoint
 
-    export_checkpoint(checkpoint, output, dtype)
+    folder = export_checkpoint(checkpoint, output, dtype)
     print(f"{output}: a Hugging Face model folder")
+    if verify:
+        _verify(folder, output, "hugging_face")
+
+
+def _require_for_verification(verify: bool) -> None:
+    if verify:
+        _require("megatron", extra="train")
+        _require("transformers", extra="evaluate")
+
+
+def _verify(checkpoint: Path, model: Path, target: Literal["checkpoint", "hugging_face"]) -> None:
+    from tpt_megatron.convert.verify import verify
+
+    found = verify(checkpoint, model, target)
+    of = "" if found.all_layers else f" of layers {', '.join(str(layer) for layer in found.layers)}"
+    print(f"verified: {found.tensors} tensors are equal, logits{of} differ by at most {found.difference:.1e} (largest logit {found.largest:.3g})")
 
 
 @app.command(epilog=_keys("evaluate"))

@@ -126,13 +126,12 @@ class CheckpointReader:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def read(self, key: str, layer: int | None = None) -> torch.Tensor:
-        """Return the whole tensor, or the slice `layer` of its first axis. `key` must be one of `tensors`."""
+    def read(self, key: str, place: tuple[int, ...] = ()) -> torch.Tensor:
+        """Return the whole tensor, or the slice at `place` of its first axes. `key` must be one of `tensors`."""
         entry = self._metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata), key
         offsets, sizes = [0] * len(entry.size), list(entry.size)
-        if layer is not None:
-            offsets[0], sizes[0] = layer, 1
+        offsets[: len(place)], sizes[: len(place)] = place, [1] * len(place)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [chunk])
         if sum(item.lengths.numel() for item in items) != chunk.sizes.numel():
@@ -140,7 +139,7 @@ class CheckpointReader:
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         with _damage_is_an_error(self.path, key):
             self._storage.read_data(LoadPlan(items), _IntoTensor(target)).wait()
-        return target if layer is None else target[0]
+        return target[(0,) * len(place)]
 
 
 class _IntoTensor(DefaultLoadPlanner):

@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tpt_megatron import __version__
-from tpt_megatron.convert.checkpoint_reader import CheckpointReader, CheckpointRecord, find_checkpoint, read_record
-from tpt_megatron.convert.families import llama
+from tpt_megatron.checkpoints import IMPORTED
+from tpt_megatron.convert.checkpoint_reader import CheckpointReader, CheckpointRecord, TokenizerRecord, find_checkpoint, read_record
+from tpt_megatron.convert.families import family_of
+from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape, pieces
+from tpt_megatron.convert.hugging_face import CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
+from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
 from tpt_megatron.errors import CheckpointError, ConversionError, MachineError, UsageError
-from tpt_megatron.files import whole_folder, write_json, write_text
+from tpt_megatron.files import read_json, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
-from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
+from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, load_tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5_000_000_000
 NOT_THE_MODEL = ("optimizer.", "chained_", "rng_state", "opt_param_scheduler", "rerun_state_machine")
 """How keys begin that a checkpoint holds beside the model's."""
+TOKENIZER_FILES = frozenset(KEPT_FILES) - {CONFIG, "generation_config.json"}
+_THREADS = 2
 
 
-def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a checkpoint as a Hugging Face Llama folder that transformers 4.57 and 5.x load. It appears whole or not at all.
+def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a checkpoint as a Hugging Face folder that transformers 4.57 and 5.x load. It appears whole or not at all. Returns the `iter_*` folder.
 
     `checkpoint` is an `iter_*` folder, or a checkpoints or run folder, whose latest checkpoint is taken. `dtype` is fp32, bf16
-    or fp16; None keeps the precision of training. Tensors are sharded when they exceed `shard_bytes`.
+    or fp16; None keeps the precision of training. Tensors are sharded when they exceed `shard_bytes`. Memory: twice one stored tensor,
+    or slice of stacked ones, for each of two threads.
 
     Raises UsageError for a wrong dtype or an output that is in use, CheckpointError for a checkpoint that is missing,
-    incomplete or damaged, ConversionError when its tensors are not those of the model it says it is.
+    incomplete or damaged, ConversionError when its tensors are not those of the model it says it is, or no family has such a model.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}, or none to keep the checkpoint's")
@@ -42,100 +51,138 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     kept = dtype or record.precision
     if kept not in DTYPES:
         raise CheckpointError(f"{folder / 'tpt.json'}: precision {kept!r} is not known; give dtype as one of {', '.join(DTYPES)}")
-    check_keys(reader, record)
+    source = read_json(folder / f"{IMPORTED}{CONFIG}") if (folder / f"{IMPORTED}{CONFIG}").is_file() else None
+    family = family_of(record.model, None if source is None else source.get("model_type"))
+    table = list(pieces(family.rules_of(record.model), record.model))
+    check_keys(reader, family, record, table)
+    shards = plan_shards(table, DTYPES[kept].itemsize, shard_bytes)
+    check_room(output, sum(shard.bytes for shard in shards))
     try:
         with whole_folder(output) as temporary:
-            _write_tensors(temporary, reader, record, DTYPES[kept], shard_bytes)
-            _write_configs(temporary, record, DTYPES[kept])
+            _write_tensors(temporary, reader, record, shards, DTYPES[kept])
+            _write_configs(temporary, folder, family, record, DTYPES[kept], source)
             _write_tokenizer(temporary, folder, record)
-            write_text(temporary / "README.md", model_card(record, folder.name))
+            write_text(temporary / "README.md", model_card(record, folder.name, table))
     except OSError as error:
         raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
+    return folder
 
 
-def check_keys(reader: CheckpointReader, record: CheckpointRecord) -> None:
+def check_keys(reader: CheckpointReader, family: Family, record: CheckpointRecord, table: Sequence[Piece]) -> None:
     """Check that a checkpoint's model keys and their shapes are exactly those of its model (ConversionError)."""
     found = {key: stored.shape for key, stored in reader.tensors.items() if not key.startswith(NOT_THE_MODEL) and "_extra_state" not in key}
-    embedding = found.get(llama.EMBEDDING.key, (0,))
-    if embedding[0] < record.model.vocab_size:
-        raise ConversionError(f"{reader.path}: {llama.EMBEDDING.key} has {embedding[0]} rows, fewer than the vocabulary's {record.model.vocab_size}")
-    expected = llama.checkpoint_shapes(record.model, embedding[0])
+    vocabulary = record.model.vocab_size
+    rows = found.get(EMBEDDING.key, (vocabulary,))[0]
+    if rows < vocabulary:
+        raise ConversionError(f"{reader.path}: {EMBEDDING.key} has {rows} rows, fewer than the vocabulary's {vocabulary}")
+    expected = stacked_shapes(table)
+    for rule in family.rules:
+        if rule.key in expected and next(iter(rule.parts.values())).startswith("V"):
+            expected[rule.key] = (rows, *expected[rule.key][1:])  # padded
     if missing := sorted(expected.keys() - found.keys()):
         raise ConversionError(f"{reader.path}: tensors of the model are missing: {', '.join(missing)}")
     if unknown := sorted(found.keys() - expected.keys()):
-        raise ConversionError(f"{reader.path}: tensors that a Llama has no place for: {', '.join(unknown)}")
+        raise ConversionError(f"{reader.path}: tensors that a {family.model_type} has no place for: {', '.join(unknown)}")
     for key, shape in expected.items():
         if found[key] != shape:
             raise ConversionError(f"{reader.path}: {key} has shape {list(found[key])}, the model's config asks for {list(shape)}")
 
 
-def tensors(reader: CheckpointReader, record: CheckpointRecord, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every Hugging Face tensor of the model once, in its right shape, one checkpoint slice in memory at a time."""
-    expected = llama.hugging_face_shapes(record.model)
-    for step in llama.steps(record.model):
-        parts = step.split(reader.read(step.key, step.layer), record.model)
-        for name, part in zip(step.names, parts, strict=True):
-            shape = expected.pop(name, None)
-            if tuple(part.shape) != shape:
-                raise ConversionError(f"{reader.path}: {name} came out as {list(part.shape)} of {step.key}, transformers expects {shape}")
-            yield name, part.to(dtype).clone(memory_format=torch.contiguous_format)
-    if expected:
-        raise ConversionError(f"{reader.path}: nothing in the checkpoint becomes {', '.join(expected)}")
-
-
 @dataclass(frozen=True)
-class ShardPlan:
-    """How many bytes there are, and after how many tensors each file ends."""
+class Shard:
+    """One file of tensors: what it is called, and the pieces that it is made of."""
 
-    total_bytes: int
-    counts: tuple[int, ...]
+    name: str
+    pieces: tuple[Piece, ...]
+    bytes: int
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The Hugging Face tensors in it, in order."""
+        return {name: shape for piece in self.pieces for name, shape in piece.parts.items()}
 
 
-def plan_shards(sizes: list[int], shard_bytes: int) -> ShardPlan:
-    """Cut a run of tensor sizes into files of at most `shard_bytes`; a larger tensor gets a file of its own."""
-    counts, filled = [0], 0
-    for size in sizes:
-        if counts[-1] and filled + size > shard_bytes:
-            counts.append(0)
+def plan_shards(table: Sequence[Piece], item_bytes: int, shard_bytes: int) -> list[Shard]:
+    """Cut a model into files of at most `shard_bytes` of tensors; a larger piece gets a file of its own."""
+    groups: list[list[Piece]] = [[]]
+    sizes: list[int] = []
+    filled = 0
+    for piece in table:
+        size = torch.Size(piece.shape).numel() * item_bytes
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            sizes.append(filled)
             filled = 0
-        counts[-1] += 1
+        groups[-1].append(piece)
         filled += size
-    return ShardPlan(sum(sizes), tuple(counts))
+    sizes.append(filled)
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return [Shard(name, tuple(group), size) for name, group, size in zip(names, groups, sizes, strict=True)]
 
 
-def _write_tensors(folder: Path, reader: CheckpointReader, record: CheckpointRecord, dtype: torch.dtype, shard_bytes: int) -> None:
-    from safetensors.torch import save_file
+def _write_tensors(folder: Path, reader: CheckpointReader, record: CheckpointRecord, shards: Sequence[Shard], dtype: torch.dtype) -> None:
+    is_ending = threading.Event()
 
-    shapes = llama.hugging_face_shapes(record.model)
-    order = [name for step in llama.steps(record.model) for name in step.names]
-    plan = plan_shards([torch.Size(shapes[name]).numel() * dtype.itemsize for name in order], shard_bytes)
-    weight_map: dict[str, str] = {}
-    source = tensors(reader, record, dtype)
-    with progress_bar("exporting", total=len(order)) as bar:
-        for number, count in enumerate(plan.counts, start=1):
-            name = "model.safetensors" if len(plan.counts) == 1 else f"model-{number:05d}-of-{len(plan.counts):05d}.safetensors"
-            shard: dict[str, torch.Tensor] = {}
-            for _ in range(count):
-                key, tensor = next(source)
-                shard[key] = tensor
+    def write(shard: Shard) -> None:
+        with writing(folder / shard.name, shard.shapes, dtype) as take:
+            for piece in shard.pieces:
+                if is_ending.is_set():
+                    return
+                for name, tensor in parts_of(reader, piece, record):
+                    take(name, tensor.to(dtype))
                 bar.advance()
-            save_file(shard, folder / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, name)
-    assert next(source, None) is None, "more tensors than planned"  # also runs the generator's last check
-    if len(plan.counts) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map})
+
+    with progress_bar("exporting", total=sum(len(shard.pieces) for shard in shards)) as bar, ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for done in [pool.submit(write, shard) for shard in shards]:
+                done.result()
+        except BaseException:
+            is_ending.set()
+            raise
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(shard.bytes for shard in shards)},
+            "weight_map": {name: shard.name for shard in shards for name in shard.shapes},
+        }
+        write_json(folder / INDEX, index)
 
 
-def _write_configs(folder: Path, record: CheckpointRecord, dtype: torch.dtype) -> None:
+def parts_of(reader: CheckpointReader, piece: Piece, record: CheckpointRecord) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the Hugging Face tensors of one piece, in the checkpoint's type; ConversionError when one comes out in another shape than transformers expects."""
+    parts = piece.fusion.split(reader.read(piece.key, piece.place), record.model)
+    for (name, shape), part in zip(piece.parts.items(), parts, strict=True):
+        if tuple(part.shape) != shape:
+            raise ConversionError(f"{reader.path}: {name} came out as {list(part.shape)} of {piece.key}, transformers expects {list(shape)}")
+        yield name, part
+
+
+def _write_configs(folder: Path, checkpoint: Path, family: Family, record: CheckpointRecord, dtype: torch.dtype, source: dict[str, Any] | None) -> None:
     eod_id = record.tokenizer.eod_id if record.tokenizer else None
-    config = llama.hugging_face_config(record.model, sequence_length=record.sequence_length, dtype=str(dtype).removeprefix("torch."), eod_id=eod_id)
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "do_sample": False})
+    positions = _positions(record, source)
+    write_json(folder / CONFIG, written_config(family, record.model, positions=positions, dtype=dtype, eod_id=eod_id, source=source))
+    generation = checkpoint / f"{IMPORTED}generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / "generation_config.json")
+    else:
+        write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "do_sample": False})
+
+
+def _positions(record: CheckpointRecord, source: dict[str, Any] | None) -> int:
+    """Return the longest sequence: the source's while RoPE is as it was there, and at least what the model was trained on."""
+    if source is None:
+        return record.sequence_length
+    _, before = model_of(source, Path(CONFIG))
+    has_same_rope = (before.rope_theta, before.rope_scaling) == (record.model.rope_theta, record.model.rope_scaling)
+    return max(record.sequence_length, source.get("max_position_embeddings", 0) if has_same_rope else 0)
 
 
 def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -> None:
-    """Take the tokenizer over, when the run's data had one. Without tokenizer_config.json transformers 4.57 would put a BOS first."""
-    if record.tokenizer is None:
+    """Give the model its tokenizer: the files it was imported with, while that is the one it was trained with, or the run's data's."""
+    imported = {path.name.removeprefix(IMPORTED): path for path in checkpoint.glob(f"{IMPORTED}*") if path.name.removeprefix(IMPORTED) in TOKENIZER_FILES}
+    if record.tokenizer is None or _is_tokenizer(imported, record.tokenizer):
+        for name, path in imported.items():
+            shutil.copyfile(path, folder / name)
         return
     if (checkpoint / SENTENCEPIECE_MODEL).is_file():
         shutil.copyfile(checkpoint / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
@@ -144,7 +191,7 @@ def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file, but tpt.json names a tokenizer; the checkpoint is incomplete")
     shutil.copyfile(source, folder / TOKENIZER_JSON)
-    write_json(
+    write_json(  # without it transformers 4.57 would put a BOS first
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -155,10 +202,17 @@ def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -
     )
 
 
-def model_card(record: CheckpointRecord, checkpoint_name: str) -> str:
+def _is_tokenizer(files: Mapping[str, Path], trained_with: TokenizerRecord) -> bool:
+    for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL):
+        if name in files:
+            return load_tokenizer(str(files[name]), trained_with.end_of_document).fingerprint == trained_with.fingerprint
+    return False
+
+
+def model_card(record: CheckpointRecord, checkpoint_name: str, table: Sequence[Piece]) -> str:
     """Return the model card: what the model is and how it was trained, as far as the checkpoint says."""
     model = record.model
-    parameters = sum(torch.Size(shape).numel() for shape in llama.hugging_face_shapes(model).values())
+    parameters = sum(torch.Size(piece.shape).numel() for piece in table)
     facts = {
         "Parameters": f"{parameters:,}" + (" (input and output embeddings tied)" if model.tie_embeddings else ""),
         "Layers, hidden size, feed-forward size": f"{model.num_layers}, {model.hidden_size:,}, {model.ffn_hidden_size:,}",
@@ -172,13 +226,13 @@ def model_card(record: CheckpointRecord, checkpoint_name: str) -> str:
         "End of document": f"`{record.tokenizer.end_of_document}`, id {record.tokenizer.eod_id}" if record.tokenizer else "no tokenizer recorded",
         "Tokenizer fingerprint": f"`{record.tokenizer.fingerprint}`" if record.tokenizer else "no tokenizer recorded",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     data = f"\n## Data\n\n```json\n{json.dumps(record.data, indent=2, sort_keys=True)}\n```\n" if record.data else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [tpt-megatron]\n---\n\n"
         "# A language model pretrained with tpt_megatron\n\n"
-        "A Llama-style base model: it continues text and was not tuned to follow instructions. Documents were tokenised without a "
+        "A base model: it continues text and was not tuned to follow instructions. Documents were tokenised without a "
         "beginning-of-sequence token; give prompts the same way.\n\n"
-        f"## Training\n\n| | |\n|---|---|\n{table}\n{data}\n"
+        f"## Training\n\n| | |\n|---|---|\n{rows}\n{data}\n"
         f"Exported by tpt_megatron {__version__}.\n"
     )

@@ -147,6 +147,8 @@ def _block_spec(core: TransformerConfig, stage: int | None) -> Any:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention_modules = layer.submodules.self_attention.submodules
         attention_modules.core_attention = SdpaCoreAttention
+        if core.num_moe_experts:  # the norm has on disk the name that Transformer Engine's layers give it; layers share submodules
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if core.qk_layernorm:
             attention_modules.q_layernorm = attention_modules.k_layernorm = RMSNorm
     return spec

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpt_megatron.checkpoints import DESCRIPTION, discard, finished_steps, iteration_folder, latest_step, to_discard, way_out
+from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, discard, finished_steps, iteration_folder, latest_step, to_discard, way_out
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.datasets import TokenDataset, sidecar
 from tpt_megatron.errors import CheckpointError
-from tpt_megatron.files import read_json
+from tpt_megatron.files import open_atomic, read_json
 from tpt_megatron.mcore.checkpoint import CheckpointWriter, load_checkpoint, read_description
 from tpt_megatron.mcore.engine import Engine
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
@@ -43,6 +43,7 @@ class Saving:
     def __init__(self, config: TrainConfig, engine: Engine, data: RunData, rank: int) -> None:
         self._config, self._engine, self._data, self._rank = config, engine, data, rank
         self._checkpoints = config.run_dir / "checkpoints"
+        self._imported = config.run_dir / "imported"
         self._writer = CheckpointWriter(engine, self._checkpoints, self._completed)
         self._mirroring = None if config.checkpoint.mirror is None else Mirroring(config.checkpoint, self._checkpoints, rank)
 
@@ -78,7 +79,9 @@ class Saving:
     def _fetched(self, load_from: str) -> Path:
         """Return the folder of checkpoint.load_from: a copy under run_dir, verified, of one that a URL names."""
         if "://" not in load_from:
-            return Path(load_from)
+            folder = Path(load_from)
+            latest = latest_step(folder)  # of a folder of checkpoints, as `tpt convert import` makes one
+            return folder if latest is None else iteration_folder(folder, latest)
         folder = self._config.run_dir / "load_from" / load_from.rstrip("/").rsplit("/", 1)[-1]
         ask(self._rank, "copy", load_from, str(folder))
         return folder
@@ -89,7 +92,17 @@ class Saving:
         description = read_description(folder, instead)
         self._check(description, str(folder), resuming=resuming, weights_only=weights_only)
         load_checkpoint(self._engine, folder, instead, weights_only=weights_only)
+        if self._rank == 0:
+            self._keep_imported(folder)
         return description
+
+    def _keep_imported(self, folder: Path) -> None:
+        """Copy what the model was imported with, if it was, to where every checkpoint of this run takes it from: `folder` may be deleted meanwhile."""
+        for path in folder.glob(f"{IMPORTED}*"):
+            self._imported.mkdir(parents=True, exist_ok=True)
+            if not (self._imported / path.name).is_file():
+                with open_atomic(self._imported / path.name) as file:
+                    file.write(path.read_bytes())
 
     def _check(self, description: Mapping[str, Any], where: str, *, resuming: bool, weights_only: bool = False) -> None:
         """Refuse a checkpoint of another model, precision or, when it is of this run, data."""
@@ -134,7 +147,7 @@ class Saving:
                 "tokenizer": tokenizer,
                 "data": self._data_fingerprint(),
             },
-            {name: path for name, path in beside.items() if path.is_file()},
+            {name: path for name, path in beside.items() if path.is_file()} | {path.name: path for path in self._imported.glob(f"{IMPORTED}*")},
         )
         if not config.checkpoint.asynchronous:
             self._writer.wait()

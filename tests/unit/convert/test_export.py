@@ -17,6 +17,7 @@ from torch_dist import EOD, checkpoint_state, random_llama, tiny_model, write_ch
 
 from tpt_megatron.convert.checkpoint_reader import CheckpointReader, find_checkpoint, iteration_folders  # noqa: E402
 from tpt_megatron.convert.export import export_checkpoint, plan_shards  # noqa: E402
+from tpt_megatron.convert.families.rules import ALONE, Piece  # noqa: E402
 from tpt_megatron.errors import CheckpointError, ConversionError, TptError, UsageError  # noqa: E402
 
 IDS = torch.arange(2 * 40).view(2, 40) % 61
@@ -118,7 +119,7 @@ def test_folder_is_complete_and_its_tokenizer_is_the_runs(run: Path, tmp_path: P
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["eos_token_id"] == tokenizer.eos_token_id == exported(tmp_path / "hf").generation_config.eos_token_id
     assert (config["rope_theta"], config["rms_norm_eps"], config["head_dim"], config["max_position_embeddings"]) == (5_000.0, 3e-5, 12, 64)
-    assert "rope_parameters" not in config, "transformers 4.57 ignores it and takes theta 10,000"
+    assert config["rope_parameters"] == {"rope_theta": 5_000.0, "rope_type": "default"}, "transformers 4.57 ignores it, 5 knows no rope_theta beside it"
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "vanilla" in card
     assert "100,000" in card
@@ -153,9 +154,12 @@ def test_small_shards_load_as_the_same_model(run: Path, tmp_path: Path) -> None:
 
 
 def test_shards_are_planned_within_their_size() -> None:
-    assert plan_shards([3, 3, 3, 9, 1], 6).counts == (2, 1, 1, 1)
-    assert plan_shards([3, 3], 6).counts == (2,)
-    assert plan_shards([3, 3], 6).total_bytes == 6
+    def of(*rows: int) -> list[Piece]:
+        return [Piece(f"key{number}", (), (count,), {f"name{number}": (count,)}, ALONE) for number, count in enumerate(rows)]
+
+    assert [(len(shard.pieces), shard.bytes) for shard in plan_shards(of(3, 3, 3, 9, 1), 2, 12)] == [(2, 12), (1, 6), (1, 18), (1, 2)]
+    assert [shard.name for shard in plan_shards(of(3, 3), 2, 12)] == ["model.safetensors"]
+    assert [shard.name for shard in plan_shards(of(3, 3), 2, 11)] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def test_layers_are_read_one_at_a_time(run: Path) -> None:
@@ -164,7 +168,7 @@ def test_layers_are_read_one_at_a_time(run: Path) -> None:
     whole = reader.read(key)
     assert whole.shape == reader.tensors[key].shape == (3, 32, 56)
     for layer in range(3):
-        assert torch.equal(reader.read(key, layer), whole[layer])
+        assert torch.equal(reader.read(key, (layer,)), whole[layer])
 
 
 def one_line(error: pytest.ExceptionInfo[TptError]) -> str:

@@ -1,0 +1,203 @@
+"""Hugging Face folder to checkpoint: tensor by tensor, without a model, megatron or a GPU. Training starts from it by `checkpoint.load: weights`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, iteration_folder, latest_step, write_checksums
+from tpt_megatron.config.model import ModelConfig
+from tpt_megatron.convert.checkpoint_reader import FORMAT
+from tpt_megatron.convert.families.rules import Family, Piece, Shape, pieces
+from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, kept_files, model_of, read_config
+from tpt_megatron.errors import ConversionError, MachineError, UsageError
+from tpt_megatron.files import whole_folder, write_json, write_text
+from tpt_megatron.log import progress_bar
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_THREADS = 2
+"""Files written at a time; torch's serialization lets two threads write twice as fast as one."""
+_MARGIN = 1.02
+"""Free space that is asked for, over the bytes of the tensors: for headers, configs and the tokenizer."""
+
+
+class Tensors(Protocol):
+    """Where a model's tensors come from, by their Hugging Face names."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor."""
+        ...
+
+
+def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
+    """Write a Hugging Face model folder as a checkpoint of step 0 under `output`, and return its `iter_*` folder. It appears whole or not at all.
+
+    `dtype` is fp32, bf16 or fp16; None keeps what is there. Memory: one tensor, or the parts of one, for each of two threads.
+
+    Raises UsageError for a wrong dtype or an output that is in use, ConversionError for a folder that is damaged, incomplete or has what
+    cannot be expressed, MachineError when the disk has no room.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}, or none to keep the model's")
+    config = read_config(source)
+    family, model = model_of(config, source / CONFIG)
+    tensors = HuggingFaceTensors(source)
+    table = list(pieces(family.rules_of(model), model))
+    _check_tensors(tensors, family, model, table, source)
+    precision = dtype or _common_dtype(tensors, source)
+    folder = iteration_folder(output, 0)
+    if folder.exists() or latest_step(output) is not None:
+        raise UsageError(f"{output}: holds checkpoints already; name another folder")
+    check_room(output, sum(torch.Size(piece.shape).numel() for piece in table) * DTYPES[precision].itemsize)
+    description = {
+        "format": FORMAT,
+        "step": 0,
+        "tokens_seen": 0,
+        "model": model.model_dump(mode="json"),
+        "sequence_length": config.get("max_position_embeddings", 2048),
+        "precision": precision,
+        "arm": None,
+        "tokenizer": None,
+        "data": None,
+    }
+    try:
+        with whole_folder(folder) as temporary:
+            write_checkpoint(temporary, tensors, model, table, DTYPES[precision])
+            for path in kept_files(source):
+                shutil.copyfile(path, temporary / f"{IMPORTED}{path.name}")
+            write_json(temporary / DESCRIPTION, description)
+            write_checksums(temporary, ())
+        write_text(output / TRACKER, "0\n")
+    except OSError as error:
+        raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
+    return folder
+
+
+def _check_tensors(tensors: HuggingFaceTensors, family: Family, model: ModelConfig, table: list[Piece], source: Path) -> None:
+    """Compare what is there with what the config asks for, before anything is written."""
+    expected: dict[str, Shape] = {name: shape for piece in table for name, shape in piece.parts.items()}
+    found = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    if model.tie_embeddings:  # some folders have it twice
+        found.pop("lm_head.weight", None)
+    if missing := [name for name in expected if name not in found]:
+        raise ConversionError(f"{source}: tensors of a {family.model_type} are missing: {_some(missing)}")
+    if unknown := [name for name in found if name not in expected]:
+        raise ConversionError(f"{source}: tensors that a {family.model_type} has no place for: {_some(unknown)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ConversionError(f"{source}: {name} has shape {list(found[name])}, {CONFIG} asks for {list(shape)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _common_dtype(tensors: HuggingFaceTensors, source: Path) -> str:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    found = {names[dtype] for dtype in tensors.dtypes.values()}
+    if len(found) > 1:
+        raise ConversionError(f"{source}: its tensors are of several types, {', '.join(sorted(found))}; give --dtype")
+    return found.pop()
+
+
+def check_room(folder: Path, tensor_bytes: int) -> None:
+    """Raise MachineError unless the disk of `folder`, which need not exist, has room for tensors of so many bytes."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free, needed = shutil.disk_usage(there).free, int(tensor_bytes * _MARGIN)
+    if free < needed:
+        raise MachineError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; nothing was written")
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, model: ModelConfig, table: list[Piece], dtype: torch.dtype) -> None:
+    """Write the tensors in megatron-core's torch_dist format, layers stacked, with what its loader wants beside them."""
+    planner = _Planner(tensors, model, table, dtype)
+    plans, metadata = create_default_global_save_plan([planner.whole_plan()])
+    writer = FileSystemWriter(folder, thread_count=_THREADS, sync_files=False)  # synced as a whole, before it gets its name
+    plans = writer.prepare_global_plan(plans)
+    with _unchecked_archives(), progress_bar("importing", total=len(table)) as bar, planner.ending_with_us(bar.advance):
+        results = writer.write_data(plans[0], planner).wait()
+    writer.finish(metadata, [results])
+    torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / "common.pt")
+    write_json(
+        folder / "metadata.json",
+        {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1},
+    )
+
+
+class _Planner(DefaultSavePlanner):
+    """Makes each tensor when it is about to be written."""
+
+    def __init__(self, tensors: Tensors, model: ModelConfig, table: list[Piece], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._tensors, self._model, self._dtype = tensors, model, dtype
+        self._stacked = stacked_shapes(table)
+        self._pieces = {(piece.key, self._offsets(piece)): piece for piece in table}
+        self._is_ending = threading.Event()
+
+    def _offsets(self, piece: Piece) -> torch.Size:
+        return torch.Size((*piece.place, *(0 for _ in piece.shape)))
+
+    def whole_plan(self) -> SavePlan:
+        """Return what is to be written: a chunk for each piece."""
+        items = []
+        for (key, offsets), piece in self._pieces.items():
+            chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in piece.place), *piece.shape)))
+            data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=self._dtype), size=torch.Size(self._stacked[key]))
+            items.append(WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    @contextmanager
+    def ending_with_us(self, advance: Any) -> Iterator[None]:
+        """Have threads that write stop at their next tensor when the block is left by an error; `advance` is called with each tensor."""
+        self._advance = advance
+        try:
+            yield
+        except BaseException:
+            self._is_ending.set()
+            raise
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        if self._is_ending.is_set():
+            raise InterruptedError("stopped")
+        assert write_item.index.offset is not None
+        piece = self._pieces[write_item.index.fqn, write_item.index.offset]
+        parts = [self._tensors.read(name).to(self._dtype) for name in piece.parts]
+        joined = piece.fusion.join(parts, self._model)
+        self._advance()
+        return joined.reshape(*(1 for _ in piece.place), *piece.shape)
+
+
+def stacked_shapes(table: Sequence[Piece]) -> dict[str, Shape]:
+    """Return the whole shape of each checkpoint tensor: as many layers, and experts, as have a piece of it."""
+    places: dict[str, tuple[int, ...]] = {}
+    for piece in table:
+        before = places.get(piece.key, tuple(0 for _ in piece.place))
+        places[piece.key] = tuple(max(most, at + 1) for most, at in zip(before, piece.place, strict=True))
+    return {piece.key: (*places[piece.key], *piece.shape) for piece in table}
+
+
+@contextmanager
+def _unchecked_archives() -> Iterator[None]:
+    """Leave CRC-32 out of torch's archives, which halves their time: checksums.json has a SHA-256 of every file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a call of its own that it deprecates
+            yield
+    finally:
+        torch.serialization.set_crc32_options(before)
