@@ -139,10 +139,15 @@ def test_multi_token_prediction_learns_the_same(name: str, run: Run, reference: 
     assert_close(run("mtp", ranks, parallel, load=initial), losses)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_no_bit(recompute: str, run: Run, reference: Reference) -> None:
+def test_recomputing_whole_layers_changes_no_bit(run: Run, reference: Reference) -> None:
     initial, losses = reference("dense")
-    assert run("dense", 1, {}, load=initial, recompute=recompute) == losses
+    assert run("dense", 1, {}, load=initial, recompute="full") == losses
+
+
+def test_recomputing_attention_learns_the_same(run: Run, reference: Reference) -> None:
+    """Not to the last bit: gradients of query and key lie in memory in another order, in which the norms' gradients are summed."""
+    initial, losses = reference("dense")
+    assert_close(run("dense", 1, {}, load=initial, recompute="selective"), losses)
 
 
 def test_recomputing_whole_layers_learns_the_same_under_tensor_parallelism(run: Run, reference: Reference) -> None:
