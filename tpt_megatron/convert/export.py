@@ -20,7 +20,7 @@ from tpt_megatron.convert.families import family_of
 from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
 from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
-from tpt_megatron.errors import CheckpointError, ConversionError, MachineError, UsageError
+from tpt_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, MachineError, UsageError
 from tpt_megatron.files import read_json, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, load_tokenizer
@@ -28,7 +28,6 @@ from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, load_tok
 SHARD_BYTES = 5_000_000_000
 NOT_THE_MODEL = ("optimizer.", "chained_", "rng_state", "opt_param_scheduler", "rerun_state_machine")
 """How keys begin that a checkpoint holds beside the model's."""
-TOKENIZER_FILES = frozenset(KEPT_FILES) - {CONFIG, "generation_config.json"}
 _THREADS = 2
 
 
@@ -61,7 +60,6 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
         with whole_folder(output) as temporary:
             _write_tensors(temporary, reader, record, shards, DTYPES[kept])
             _write_configs(temporary, folder, family, record, DTYPES[kept], source)
-            _write_tokenizer(temporary, folder, record)
             write_text(temporary / "README.md", model_card(record, folder.name, table))
     except OSError as error:
         raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
@@ -158,13 +156,18 @@ def parts_of(reader: CheckpointReader, piece: Piece, record: CheckpointRecord) -
 
 
 def _write_configs(folder: Path, checkpoint: Path, family: Family, record: CheckpointRecord, dtype: torch.dtype, source: dict[str, Any] | None) -> None:
-    eod_id = record.tokenizer.eod_id if record.tokenizer else None
+    """Write config.json, generation_config.json and the tokenizer: the source's, while its tokenizer is the one that the model was trained with."""
+    imported = {path.name.removeprefix(IMPORTED): path for path in checkpoint.glob(f"{IMPORTED}*")}
+    is_sources = source is not None and (record.tokenizer is None or _is_tokenizer(imported, record.tokenizer))
+    eod_id = record.tokenizer.eod_id if record.tokenizer and not is_sources else None
     positions = _positions(record, source)
     write_json(folder / CONFIG, written_config(family, record.model, positions=positions, dtype=dtype, eod_id=eod_id, source=source))
-    generation = checkpoint / f"{IMPORTED}generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / "generation_config.json")
-    else:
+    if is_sources:
+        for name in imported.keys() & {*KEPT_FILES} - {CONFIG}:
+            shutil.copyfile(imported[name], folder / name)
+    elif record.tokenizer is not None:
+        _write_tokenizer(folder, checkpoint, record.tokenizer, record.sequence_length)
+    if not is_sources:
         write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "do_sample": False})
 
 
@@ -177,13 +180,8 @@ def _positions(record: CheckpointRecord, source: dict[str, Any] | None) -> int:
     return max(record.sequence_length, source.get("max_position_embeddings", 0) if has_same_rope else 0)
 
 
-def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -> None:
-    """Give the model its tokenizer: the files it was imported with, while that is the one it was trained with, or the run's data's."""
-    imported = {path.name.removeprefix(IMPORTED): path for path in checkpoint.glob(f"{IMPORTED}*") if path.name.removeprefix(IMPORTED) in TOKENIZER_FILES}
-    if record.tokenizer is None or _is_tokenizer(imported, record.tokenizer):
-        for name, path in imported.items():
-            shutil.copyfile(path, folder / name)
-        return
+def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: TokenizerRecord, longest: int) -> None:
+    """Give the model the tokenizer of the run's data."""
     if (checkpoint / SENTENCEPIECE_MODEL).is_file():
         shutil.copyfile(checkpoint / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
         return
@@ -195,8 +193,8 @@ def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": record.tokenizer.end_of_document,
-            "model_max_length": record.sequence_length,
+            "eos_token": tokenizer.end_of_document,
+            "model_max_length": longest,
             "clean_up_tokenization_spaces": False,
         },
     )
@@ -205,7 +203,10 @@ def _write_tokenizer(folder: Path, checkpoint: Path, record: CheckpointRecord) -
 def _is_tokenizer(files: Mapping[str, Path], trained_with: TokenizerRecord) -> bool:
     for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL):
         if name in files:
-            return load_tokenizer(str(files[name]), trained_with.end_of_document).fingerprint == trained_with.fingerprint
+            try:
+                return load_tokenizer(str(files[name]), trained_with.end_of_document).fingerprint == trained_with.fingerprint
+            except (ConfigError, DataError):  # it has no such token, or cannot be read
+                return False
     return False
 
 

@@ -84,6 +84,9 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         return f"hidden_act={config['hidden_act']}"
     if config.get("quantization_config"):
         return "quantization_config"
+    for found in (config, config.get("rope_parameters") or {}):
+        if found.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            return f"partial_rotary_factor={found['partial_rotary_factor']}"
     if others := {*(config.get("layer_types") or ())} - {"full_attention"}:
         return f"layer_types with {', '.join(sorted(others))}"
     return None
@@ -116,12 +119,14 @@ def written_config(
 ) -> dict[str, Any]:
     """Return config.json of a model, in the spellings of transformers 4 and 5 at once.
 
-    positions: the longest sequence. eod_id: the token that ends and begins texts, where no source says which. source: the config.json that
+    positions: the longest sequence. eod_id: the token that ends and begins texts; None: the source says which. source: the config.json that
     the model was imported with, whose other keys are kept. transformers 4.57 ignores rope_parameters silently and takes 10,000 for RoPE's
     base; 5 reads the older keys, too.
     """
     scaling = None if model.rope_scaling is None else {"rope_type": "llama3", **model.rope_scaling.model_dump()}
-    kept = dict(source or {"bos_token_id": eod_id, "eos_token_id": eod_id, "attention_dropout": 0.0, "use_cache": True})
+    kept = dict(source or {"attention_dropout": 0.0, "use_cache": True})
+    if source is None or eod_id is not None:
+        kept |= {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": None}
     return kept | {
         "architectures": [family.architecture],
         "model_type": family.model_type,

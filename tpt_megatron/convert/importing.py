@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, iteration_folder, latest_step, write_checksums
 from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.convert.checkpoint_reader import FORMAT
-from tpt_megatron.convert.families.rules import Family, Piece, Shape, pieces
+from tpt_megatron.convert.families.rules import EMBEDDING, OUTPUT, Family, Piece, Shape, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, kept_files, model_of, read_config
 from tpt_megatron.errors import ConversionError, MachineError, UsageError
 from tpt_megatron.files import whole_folder, write_json, write_text
@@ -29,6 +29,7 @@ from tpt_megatron.log import progress_bar
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_EMBEDDING, _OUTPUT = *EMBEDDING.parts, *OUTPUT.parts
 _THREADS = 2
 """Files written at a time; torch's serialization lets two threads write twice as fast as one."""
 _MARGIN = 1.02
@@ -92,7 +93,10 @@ def _check_tensors(tensors: HuggingFaceTensors, family: Family, model: ModelConf
     expected: dict[str, Shape] = {name: shape for piece in table for name, shape in piece.parts.items()}
     found = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
     if model.tie_embeddings:  # some folders have it twice
-        found.pop("lm_head.weight", None)
+        output = found.pop(_OUTPUT, None)
+        # transformers unties them where they differ.
+        if output is not None and (output != found.get(_EMBEDDING) or not torch.equal(tensors.read(_OUTPUT), tensors.read(_EMBEDDING))):
+            raise ConversionError(f"{source}: {_OUTPUT} is not {_EMBEDDING}, though {CONFIG} ties them; set tie_word_embeddings=false there, or remove it")
     if missing := [name for name in expected if name not in found]:
         raise ConversionError(f"{source}: tensors of a {family.model_type} are missing: {_some(missing)}")
     if unknown := [name for name in found if name not in expected]:

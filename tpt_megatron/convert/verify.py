@@ -27,7 +27,7 @@ from tpt_megatron.convert.importing import write_checkpoint
 from tpt_megatron.errors import ConversionError, MachineError
 from tpt_megatron.files import write_json
 from tpt_megatron.log import progress_bar
-from tpt_megatron.tokenizer import TOKENIZER_JSON
+from tpt_megatron.tokenizer import TOKENIZER_JSON, read_tokenizer_json
 
 BOUND = 1e-4
 """How far logits may be apart, over the largest of them or 1: fp32 rounding is a hundredth of it, and a wrong norm epsilon fifty times as much."""
@@ -127,9 +127,7 @@ def _tokens(folder: Path, vocabulary: int) -> torch.Tensor:
     """Return [1, s] ids: a text in the model's own tokens where it has a tokenizer.json, and random ones besides."""
     ids: list[int] = []
     if (folder / TOKENIZER_JSON).is_file():
-        import tokenizers
-
-        ids = [token for token in tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON)).encode(_TEXT).ids if token < vocabulary][:_TOKENS]
+        ids = [token for token in read_tokenizer_json(str(folder), "").encode(_TEXT).ids if token < vocabulary][:_TOKENS]
     drawn = torch.randint(0, vocabulary, (2 * _TOKENS - len(ids),), generator=torch.Generator().manual_seed(0))
     return torch.cat((torch.tensor(ids, dtype=torch.int64), drawn))[None]
 

@@ -15,7 +15,7 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096)  # transformers' default: a config.json without windows says null
     return None if window is None else f"sliding_window={window}"
 
 

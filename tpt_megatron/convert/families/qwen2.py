@@ -10,8 +10,9 @@ from tpt_megatron.convert.families.rules import ATTENTION, EMBEDDING, FINAL_NORM
 
 
 def _settings(model: ModelConfig) -> dict[str, Any]:
-    del model
-    return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0}
+    windows = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0}
+    # Its config has no such key; transformers takes it where it is there.
+    return windows if model.head_size == model.hidden_size // model.num_heads else windows | {"head_dim": model.head_size}
 
 
 def refuse_windows(config: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,6 @@ FAMILY = Family(
     "Qwen3ForCausalLM",
     (EMBEDDING, *ATTENTION, *QK_NORMS, *MLP, FINAL_NORM, OUTPUT),
     settings,
-    lambda config: {"qk_norm": True},
+    lambda config: {"qk_norm": True, "head_dim": config["head_dim"]},  # transformers would take 128 where there is none
     refuse,
 )
