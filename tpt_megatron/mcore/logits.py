@@ -59,12 +59,12 @@ def checkpoint_logits(
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return outputs[0].float()[..., : model.vocab_size] if parallel_state.is_pipeline_last_stage() else None
+    return outputs[0].float().cpu()[..., : model.vocab_size] if parallel_state.is_pipeline_last_stage() else None
 
 
 def _forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    tokens = next(batches)
-    positions = torch.arange(tokens.size(1))[None].expand_as(tokens)
+    tokens = next(batches).to(next(model.parameters()).device)
+    positions = torch.arange(tokens.size(1), device=tokens.device)[None].expand_as(tokens)
     return model(tokens, positions, attention_mask(None, tokens.size(1))), _whole_vocabulary
 
 

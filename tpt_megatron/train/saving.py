@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ class Saving:
     def resume(self) -> Position:
         """Load what there is to continue from, and return where that is."""
         step = latest_step(self._checkpoints)
+        if self._rank == 0:  # an earlier start of this run may have loaded another model and saved nothing
+            shutil.rmtree(self._imported, ignore_errors=True)
         if step is None:
             chosen = self._config.checkpoint
             if chosen.load_from is not None:
@@ -100,9 +103,8 @@ class Saving:
         """Copy what the model was imported with, if it was, to where every checkpoint of this run takes it from: `folder` may be deleted meanwhile."""
         for path in folder.glob(f"{IMPORTED}*"):
             self._imported.mkdir(parents=True, exist_ok=True)
-            if not (self._imported / path.name).is_file():
-                with open_atomic(self._imported / path.name) as file:
-                    file.write(path.read_bytes())
+            with open_atomic(self._imported / path.name) as file:
+                file.write(path.read_bytes())
 
     def _check(self, description: Mapping[str, Any], where: str, *, resuming: bool, weights_only: bool = False) -> None:
         """Refuse a checkpoint of another model, precision or, when it is of this run, data."""
