@@ -14,10 +14,12 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO, Any, Literal, cast, overload
 
 import orjson
+import psutil
 import zstandard
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,6 +36,14 @@ AUGMENTED = "augmented"
 def temporary_neighbour(path: Path) -> Path:
     """Return a hidden name beside `path`, of this process alone, for what is not finished yet."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_stale_neighbours(path: Path) -> None:
+    """Delete what killed processes left of `path` half written. For an output that is made on this machine and no other."""
+    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        process = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @overload

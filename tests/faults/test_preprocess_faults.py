@@ -18,6 +18,7 @@ import psutil
 import pytest
 import tokenizers
 
+from tests.support.disks import small_disk
 from tpt_megatron.datasets import open_dataset
 
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k/train.jsonl"
@@ -168,19 +169,6 @@ def test_a_killed_worker_ends_the_run_and_a_killed_parent_its_workers(corpus: Pa
         process.kill()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """Mount a file system of its own size, which only root may do."""
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("megabytes", [4, 45])

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape,
 from tpt_megatron.convert.hugging_face import CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
 from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
 from tpt_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, MachineError, UsageError
-from tpt_megatron.files import read_json, whole_folder, write_json, write_text
+from tpt_megatron.files import read_json, remove_stale_neighbours, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, load_tokenizer
 
@@ -56,6 +56,7 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     check_keys(reader, family, record, table)
     shards = plan_shards(table, DTYPES[kept].itemsize, shard_bytes)
     check_room(output, sum(shard.bytes for shard in shards))
+    remove_stale_neighbours(output)
     try:
         with whole_folder(output) as temporary:
             _write_tensors(temporary, reader, record, shards, DTYPES[kept])
@@ -126,14 +127,14 @@ def _write_tensors(folder: Path, reader: CheckpointReader, record: CheckpointRec
         with writing(folder / shard.name, shard.shapes, dtype) as take:
             for piece in shard.pieces:
                 if is_ending.is_set():
-                    return
+                    raise InterruptedError("stopped")
                 for name, tensor in parts_of(reader, piece, record):
                     take(name, tensor.to(dtype))
                 bar.advance()
 
     with progress_bar("exporting", total=sum(len(shard.pieces) for shard in shards)) as bar, ThreadPoolExecutor(_THREADS) as pool:
         try:
-            for done in [pool.submit(write, shard) for shard in shards]:
+            for done in as_completed([pool.submit(write, shard) for shard in shards]):
                 done.result()
         except BaseException:
             is_ending.set()

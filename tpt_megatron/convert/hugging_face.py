@@ -51,11 +51,10 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise ConversionError(f"{path}: model_type={config.get('model_type')!r} is not known; known are {', '.join(FAMILIES)}")
-    refused = family.refuse(config) or _refuse(config)
-    if refused:
-        raise ConversionError(f"{path}: {refused} cannot be expressed here")
-    theta, scaling = _rope(config, path)
     try:
+        if refused := family.refuse(config) or _refuse(config):
+            raise ConversionError(f"{path}: {refused} cannot be expressed here")
+        theta, scaling = _rope(config, path)
         values = {
             "num_layers": config["num_hidden_layers"],
             "hidden_size": config["hidden_size"],
@@ -77,6 +76,8 @@ def model_of(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig
     except ValidationError as error:
         first = error.errors()[0]
         raise ConversionError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg'].removeprefix('Value error, ')}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConversionError(f"{path}: a value is of the wrong kind ({error})") from None
 
 
 def _refuse(config: Mapping[str, Any]) -> str | None:
@@ -95,6 +96,8 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
 def _rope(config: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
     """Return RoPE's base and scaling from rope_theta and rope_scaling (transformers 4), or from rope_parameters (5), which must agree where both are."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if nested := [key for key, value in (new or {}).items() if isinstance(value, dict)]:
+        raise ConversionError(f"{path}: rope_parameters of their own for {', '.join(nested)} cannot be expressed here")
     thetas = {float(theta) for theta in (config.get("rope_theta"), (new or {}).get("rope_theta")) if theta is not None}
     scalings = [_scaling(found, path) for found in (new, old) if found is not None]
     if len(thetas) > 1 or any(other != scalings[0] for other in scalings[1:]):
@@ -173,10 +176,10 @@ class HuggingFaceTensors:
             return [single]
         try:
             names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError):
+            if missing := [name for name in names if not (self.folder / name).is_file()]:
+                raise ConversionError(f"{self.folder}: {', '.join(missing)} missing, which {INDEX} names; download them again")
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ConversionError(f"{index}: not an index of safetensors files") from None
-        if missing := [name for name in names if not (self.folder / name).is_file()]:
-            raise ConversionError(f"{self.folder}: {', '.join(missing)} missing, which {INDEX} names; download them again")
         return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
@@ -202,6 +205,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for entry in header.values():
+            entry["dtype"], entry["shape"] = str(entry["dtype"]), [int(length) for length in entry["shape"]]
         if 8 + length + end != size:
             raise ValueError(f"{size} bytes, the header says {8 + length + end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

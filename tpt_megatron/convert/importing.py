@@ -6,10 +6,11 @@ import logging
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
@@ -17,13 +18,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, iteration_folder, latest_step, write_checksums
+from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, finished_steps, iteration_folder, latest_step, write_checksums
 from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.convert.checkpoint_reader import FORMAT
 from tpt_megatron.convert.families.rules import EMBEDDING, OUTPUT, Family, Piece, Shape, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, kept_files, model_of, read_config
 from tpt_megatron.errors import ConversionError, MachineError, UsageError
-from tpt_megatron.files import whole_folder, write_json, write_text
+from tpt_megatron.files import remove_stale_neighbours, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
     _check_tensors(tensors, family, model, table, source)
     precision = dtype or _common_dtype(tensors, source)
     folder = iteration_folder(output, 0)
-    if folder.exists() or latest_step(output) is not None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: is not a folder; name another one")
+    if finished_steps(output) or latest_step(output):
         raise UsageError(f"{output}: holds checkpoints already; name another folder")
     check_room(output, sum(torch.Size(piece.shape).numel() for piece in table) * DTYPES[precision].itemsize)
     description = {
@@ -75,6 +78,8 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
         "tokenizer": None,
         "data": None,
     }
+    remove_stale_neighbours(folder)
+    is_new = not output.exists()
     try:
         with whole_folder(folder) as temporary:
             write_checkpoint(temporary, tensors, model, table, DTYPES[precision])
@@ -82,9 +87,15 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
                 shutil.copyfile(path, temporary / f"{IMPORTED}{path.name}")
             write_json(temporary / DESCRIPTION, description)
             write_checksums(temporary, ())
-        write_text(output / TRACKER, "0\n")
-    except OSError as error:
-        raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
+            write_text(output / TRACKER, "0\n")  # before the folder has its name: killed in between, the same command begins anew
+    except BaseException as error:
+        (output / TRACKER).unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):
+                output.rmdir()
+        if isinstance(error, OSError):
+            raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
+        raise
     return folder
 
 
@@ -129,12 +140,18 @@ def check_room(folder: Path, tensor_bytes: int) -> None:
 def write_checkpoint(folder: Path, tensors: Tensors, model: ModelConfig, table: list[Piece], dtype: torch.dtype) -> None:
     """Write the tensors in megatron-core's torch_dist format, layers stacked, with what its loader wants beside them."""
     planner = _Planner(tensors, model, table, dtype)
-    plans, metadata = create_default_global_save_plan([planner.whole_plan()])
-    writer = FileSystemWriter(folder, thread_count=_THREADS, sync_files=False)  # synced as a whole, before it gets its name
+    plans, metadata = create_default_global_save_plan(planner.plans(_THREADS))
+    # Synced as a whole, before it gets its name. Threads are ours: torch's own would lose what goes wrong in them.
+    writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
     plans = writer.prepare_global_plan(plans)
-    with _unchecked_archives(), progress_bar("importing", total=len(table)) as bar, planner.ending_with_us(bar.advance):
-        results = writer.write_data(plans[0], planner).wait()
-    writer.finish(metadata, [results])
+    with _unchecked_archives(), progress_bar("importing", total=len(table)) as bar, ThreadPoolExecutor(_THREADS) as pool:
+        planner.advance = bar.advance
+        try:
+            results = [done.result().wait() for done in as_completed([pool.submit(writer.write_data, plan, planner) for plan in plans])]
+        except BaseException:
+            planner.is_ending.set()
+            raise
+    writer.finish(metadata, results)
     torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / "common.pt")
     write_json(
         folder / "metadata.json",
@@ -150,38 +167,34 @@ class _Planner(DefaultSavePlanner):
         self._tensors, self._model, self._dtype = tensors, model, dtype
         self._stacked = stacked_shapes(table)
         self._pieces = {(piece.key, self._offsets(piece)): piece for piece in table}
-        self._is_ending = threading.Event()
+        self.is_ending = threading.Event()
+        """When it is set, threads that write stop at their next tensor."""
+        self.advance: Callable[[], object] = lambda: None
+        """Called with each tensor."""
 
     def _offsets(self, piece: Piece) -> torch.Size:
         return torch.Size((*piece.place, *(0 for _ in piece.shape)))
 
-    def whole_plan(self) -> SavePlan:
-        """Return what is to be written: a chunk for each piece."""
-        items = []
+    def plans(self, count: int) -> list[SavePlan]:
+        """Return what is to be written, a chunk for each piece, in so many parts of about the same size."""
+        parts: list[list[WriteItem]] = [[] for _ in range(count)]
+        sizes = [0] * count
         for (key, offsets), piece in self._pieces.items():
             chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in piece.place), *piece.shape)))
             data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=self._dtype), size=torch.Size(self._stacked[key]))
-            items.append(WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items)
-
-    @contextmanager
-    def ending_with_us(self, advance: Any) -> Iterator[None]:
-        """Have threads that write stop at their next tensor when the block is left by an error; `advance` is called with each tensor."""
-        self._advance = advance
-        try:
-            yield
-        except BaseException:
-            self._is_ending.set()
-            raise
+            lightest = sizes.index(min(sizes))
+            parts[lightest].append(WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data))
+            sizes[lightest] += chunk.sizes.numel()
+        return [SavePlan(part) for part in parts]
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        if self._is_ending.is_set():
+        if self.is_ending.is_set():
             raise InterruptedError("stopped")
         assert write_item.index.offset is not None
         piece = self._pieces[write_item.index.fqn, write_item.index.offset]
         parts = [self._tensors.read(name).to(self._dtype) for name in piece.parts]
         joined = piece.fusion.join(parts, self._model)
-        self._advance()
+        self.advance()
         return joined.reshape(*(1 for _ in piece.place), *piece.shape)
 
 

@@ -7,9 +7,10 @@ without it, say that the table is right.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, model_of, read_config, writing
 from tpt_megatron.convert.importing import write_checkpoint
 from tpt_megatron.errors import ConversionError, MachineError
-from tpt_megatron.files import write_json
+from tpt_megatron.files import remove_stale_neighbours, temporary_neighbour, write_json
 from tpt_megatron.log import progress_bar
 from tpt_megatron.tokenizer import TOKENIZER_JSON, read_tokenizer_json
 
@@ -69,7 +70,9 @@ def verify(checkpoint: Path, folder: Path, target: Literal["checkpoint", "huggin
     if len(layers) == record.model.num_layers:
         theirs, ours = _transformers_logits(folder, tokens, dtype), _megatron_logits(checkpoint, record.model, tokens, dtype)
     else:
-        theirs, ours = _logits_of_layers(layers, reader, record, tensors, family, tokens, dtype)
+        beside = checkpoint if target == "checkpoint" else folder
+        with _temporary_folder(beside.with_name(f"{beside.name}.verify")) as temporary:
+            theirs, ours = _logits_of_layers(temporary, layers, reader, record, tensors, family, tokens, dtype)
     difference, largest = float((theirs - ours).abs().max()), float(theirs.abs().max())
     if not difference <= BOUND * max(1.0, largest):
         raise ConversionError(
@@ -166,7 +169,20 @@ class _Layers:
         return self._read(re.sub(r"(?<=^model\.layers\.)\d+", lambda found: str(self._layers[int(found[0])]), name))
 
 
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which vanishes; what killed processes left of it goes, too."""
+    remove_stale_neighbours(path)
+    temporary = temporary_neighbour(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _logits_of_layers(
+    temporary: Path,
     layers: Sequence[int],
     reader: CheckpointReader,
     record: CheckpointRecord,
@@ -180,16 +196,15 @@ def _logits_of_layers(
     rules = family.rules_of(model)
     table = list(pieces(rules, model))
     of_checkpoint = {name: piece for piece in pieces(rules, record.model) for name in piece.parts}
-    whole = {"theirs": tensors.read, "ours": lambda name: dict(parts_of(reader, of_checkpoint[name], record))[name]}
-    with tempfile.TemporaryDirectory(dir=tensors.folder.parent, prefix=".verify_") as temporary:
-        theirs, ours = Path(temporary, "theirs"), Path(temporary, "ours")
-        for folder in (theirs, ours):
-            folder.mkdir()
-        (shard,) = plan_shards(table, 4, sys.maxsize)
-        source = _Layers(whole["theirs"], layers)
-        with writing(theirs / shard.name, shard.shapes, torch.float32) as take:
-            for name in shard.shapes:
-                take(name, source.read(name).float())
-        write_json(theirs / CONFIG, read_config(tensors.folder) | {"num_hidden_layers": len(layers), "max_window_layers": 0, "layer_types": None})
-        write_checkpoint(ours, _Layers(whole["ours"], layers), model, table, torch.float32)
-        return _transformers_logits(theirs, tokens, dtype), _megatron_logits(ours, model, tokens, dtype)
+    theirs, ours = temporary / "theirs", temporary / "ours"
+    for folder in (theirs, ours):
+        folder.mkdir()
+    (shard,) = plan_shards(table, 4, sys.maxsize)
+    source = _Layers(tensors.read, layers)
+    with writing(theirs / shard.name, shard.shapes, torch.float32) as take:
+        for name in shard.shapes:
+            take(name, source.read(name).float())
+    write_json(theirs / CONFIG, read_config(tensors.folder) | {"num_hidden_layers": len(layers), "max_window_layers": 0, "layer_types": None})
+    whole = _Layers(lambda name: dict(parts_of(reader, of_checkpoint[name], record))[name], layers)
+    write_checkpoint(ours, whole, model, table, torch.float32)
+    return _transformers_logits(theirs, tokens, dtype), _megatron_logits(ours, model, tokens, dtype)
