@@ -91,7 +91,9 @@ def write_checksums(folder: Path, known: Iterable[FileEntry]) -> None:
     """Write checksums.json of a folder's files; those that are not `known` already are read."""
     entries = {entry.name: entry for entry in known}
     names = sorted(path.name for path in folder.iterdir())
-    write_json(folder / CHECKSUMS, [(entries.get(name) or describe_file(folder / name)).model_dump() for name in names])
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        described = pool.map(lambda name: entries.get(name) or describe_file(folder / name), names)
+        write_json(folder / CHECKSUMS, [entry.model_dump() for entry in described])
 
 
 def read_checksums(folder: Place) -> list[FileEntry] | None:

@@ -5,13 +5,14 @@ Tensors are read one at a time, stacked ones layer by layer, so that memory hold
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -136,10 +137,51 @@ class CheckpointReader:
         items = create_read_items_for_chunk_list(key, entry, [chunk])
         if sum(item.lengths.numel() for item in items) != chunk.sizes.numel():
             raise CheckpointError(f"{self.path}: parts of {key} are missing; the checkpoint is incomplete, use another one")
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
         with _damage_is_an_error(self.path, key):
-            self._storage.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+            if len(items) == 1 and self._stored(items[0]).sizes == chunk.sizes:  # else it would be in memory twice
+                target = self._load(items[0])
+            else:
+                target = torch.empty(sizes, dtype=entry.properties.dtype)
+                self._storage.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         return target[(0,) * len(place)]
+
+    def _stored(self, item: ReadItem) -> ChunkStorageMetadata:
+        entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        return next(chunk for chunk in entry.chunks if chunk.offsets == item.storage_index.offset)
+
+    def _load(self, item: ReadItem) -> torch.Tensor:
+        """Return the whole chunk that an item reads from."""
+        where = self._storage.storage_data[item.storage_index]
+        with open(self.path / where.relative_path, "rb") as file:
+            loaded = torch.load(_Part(file, where.offset, where.length), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        assert isinstance(loaded, torch.Tensor)
+        return loaded
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as if it were one: chunks lie in a checkpoint's files one after the other."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0 if whence == io.SEEK_SET else self._at if whence == io.SEEK_CUR else self._length)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, or as much of it as there is."""
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += count
+        return int(count)
 
 
 class _IntoTensor(DefaultLoadPlanner):

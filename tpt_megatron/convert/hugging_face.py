@@ -154,19 +154,22 @@ def written_config(
 
 
 class HuggingFaceTensors:
-    """The tensors of a model folder. Each is mapped, copied and let go: memory holds what was asked for and no file."""
+    """The tensors of a model folder, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
         """Read the index, and every file's header. ConversionError for a folder without tensors, or with damaged ones."""
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._begins: dict[str, int] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for path in self._paths():
-            for name, entry in read_header(path).items():
+            header, data_begins = read_header(path)
+            for name, entry in header.items():
                 if entry["dtype"] not in DTYPES:
                     raise ConversionError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
-                self._files[name], self.shapes[name], self.dtypes[name] = path, tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                self._files[name], self._begins[name] = path, data_begins + entry["data_offsets"][0]
+                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
 
     def _paths(self) -> list[Path]:
         index, single = self.folder / INDEX, self.folder / SINGLE
@@ -183,19 +186,22 @@ class HuggingFaceTensors:
         return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, by a mapping that ends with the last use of it."""
-        from safetensors import SafetensorError, safe_open
-
+        """Return one tensor. It is read, not mapped: a mapping would keep a second one in memory while the first is written."""
         path = self._files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path}: {name} cannot be read, the file is damaged ({error})") from None
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        into = tensor.view(-1).view(torch.uint8).numpy()
+        with open(path, "rb") as file:
+            file.seek(self._begins[name])
+            if file.readinto(into.data) != len(into):
+                raise ConversionError(f"{path}: {name} cannot be read, the file was cut off")
+        return tensor
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Return a safetensors file's header without its metadata: of each tensor {dtype, shape, data_offsets}. ConversionError when it is damaged."""
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return a safetensors file's header, of each tensor {dtype, shape, data_offsets}, and the byte that offsets count from.
+
+    ConversionError when the file is damaged.
+    """
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -211,7 +217,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{size} bytes, the header says {8 + length + end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{path}: not a whole safetensors file ({error})") from None
-    return dict(header)
+    return dict(header), 8 + length
 
 
 @contextmanager

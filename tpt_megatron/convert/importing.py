@@ -147,7 +147,9 @@ def write_checkpoint(folder: Path, tensors: Tensors, model: ModelConfig, table: 
     with _unchecked_archives(), progress_bar("importing", total=len(table)) as bar, ThreadPoolExecutor(_THREADS) as pool:
         planner.advance = bar.advance
         try:
-            results = [done.result().wait() for done in as_completed([pool.submit(writer.write_data, plan, planner) for plan in plans])]
+            # What belongs to no layer is largest, and torch has it in memory twice while it writes: nothing else is at work then.
+            results = [writer.write_data(plans[0], planner).wait()]
+            results += [done.result().wait() for done in as_completed([pool.submit(writer.write_data, plan, planner) for plan in plans[1:]])]
         except BaseException:
             planner.is_ending.set()
             raise
@@ -176,16 +178,21 @@ class _Planner(DefaultSavePlanner):
         return torch.Size((*piece.place, *(0 for _ in piece.shape)))
 
     def plans(self, count: int) -> list[SavePlan]:
-        """Return what is to be written, a chunk for each piece, in so many parts of about the same size."""
+        """Return what is to be written, a chunk for each piece: what belongs to no layer, and the layers' in so many parts of about the same size."""
+        outer: list[WriteItem] = []
         parts: list[list[WriteItem]] = [[] for _ in range(count)]
         sizes = [0] * count
         for (key, offsets), piece in self._pieces.items():
             chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in piece.place), *piece.shape)))
             data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=self._dtype), size=torch.Size(self._stacked[key]))
-            lightest = sizes.index(min(sizes))
-            parts[lightest].append(WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data))
-            sizes[lightest] += chunk.sizes.numel()
-        return [SavePlan(part) for part in parts]
+            item = WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data)
+            if piece.place:
+                lightest = sizes.index(min(sizes))
+                parts[lightest].append(item)
+                sizes[lightest] += chunk.sizes.numel()
+            else:
+                outer.append(item)
+        return [SavePlan(part) for part in (outer, *parts)]
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         if self.is_ending.is_set():
