@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, finished_steps, iteration_folder, latest_step, write_checksums
 from tpt_megatron.config.model import ModelConfig
@@ -148,8 +149,8 @@ def write_checkpoint(folder: Path, tensors: Tensors, model: ModelConfig, table: 
         planner.advance = bar.advance
         try:
             # What belongs to no layer is largest, and torch has it in memory twice while it writes: nothing else is at work then.
-            results = [writer.write_data(plans[0], planner).wait()]
-            results += [done.result().wait() for done in as_completed([pool.submit(writer.write_data, plan, planner) for plan in plans[1:]])]
+            results = [_written(writer, plans[0], planner)]
+            results += [done.result() for done in as_completed([pool.submit(_written, writer, plan, planner) for plan in plans[1:]])]
         except BaseException:
             planner.is_ending.set()
             raise
@@ -159,6 +160,15 @@ def write_checkpoint(folder: Path, tensors: Tensors, model: ModelConfig, table: 
         folder / "metadata.json",
         {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1},
     )
+
+
+def _written(writer: FileSystemWriter, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+    try:
+        return writer.write_data(plan, planner).wait()
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's, which torch's archive hides behind one of its own when it is closed
+            raise error.__context__ from None
+        raise
 
 
 class _Planner(DefaultSavePlanner):
