@@ -21,10 +21,13 @@ from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.checkpoint import CheckpointWriter
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 
-folder, tie = Path(sys.argv[1]), sys.argv[2] == "tied"
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+tie = kind == "tied"
 shape = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 112, "num_heads": 6, "num_query_groups": 2, "vocab_size": 201, "vocab_divisor": 67,
          "tie_embeddings": tie, "rope_theta": 5e5,
          "rope_scaling": {"factor": 8, "original_max_position_embeddings": 32} if tie else None}
+if kind == "experts":
+    shape |= {"qk_norm": True, "experts": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 56}}
 config = check_config(TrainConfig, {"run_dir": "unused", "model": shape, "data": {"train": "unused", "sequence_length": 64, "attention": "sequence"},
     "optimizer": {"learning_rate": 1e-2}, "steps": 1, "global_batch_sequences": 2, "micro_batch_sequences": 2}, "test")
 groups.join(config.parallel)
@@ -44,8 +47,8 @@ groups.leave()
 """
 
 
-@pytest.mark.parametrize("embeddings", ["tied", "untied"])
-def test_losses_agree(tmp_path: Path, embeddings: str) -> None:
+@pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
+def test_losses_agree(tmp_path: Path, kind: str) -> None:
     import torch
     from torch.nn import functional
     from transformers import AutoModelForCausalLM
@@ -53,12 +56,13 @@ def test_losses_agree(tmp_path: Path, embeddings: str) -> None:
     from tpt_megatron.convert.export import export_checkpoint
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", CODE, str(tmp_path), embeddings], capture_output=True, text=True, check=False, env=environment)
+    ended = subprocess.run([sys.executable, "-c", CODE, str(tmp_path), kind], capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr[-3000:]
     expected = json.loads((tmp_path / "theirs.json").read_text())
     export_checkpoint(tmp_path / "checkpoints", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     rows = torch.tensor(expected["rows"])
+    assert type(model).__name__ == ("Qwen3MoeForCausalLM" if kind == "experts" else "LlamaForCausalLM")
     with torch.no_grad():
         logits = model(rows[:, :-1]).logits
     assert logits.size(-1) == 201
