@@ -102,9 +102,10 @@ def test_training_starts_from_it_and_goes_out_as_what_came_in(
 ) -> None:
     source, imported, _ = sources[case]
     shutil.copytree(imported.parent, tmp_path / "imported")
+    model = read_record(imported).model
     config = {
         "run_dir": str(tmp_path / "run"),
-        "model": read_record(imported).model.model_dump(mode="json"),
+        "model": model.model_dump(mode="json") | {"head_dim": model.head_size},  # spelled out, as presets do, whether the source did or not
         "data": {"train": str(dataset), "sequence_length": 32},
         "parallel": parallel,
         "precision": precision,

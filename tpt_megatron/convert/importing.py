@@ -90,10 +90,11 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
             write_checksums(temporary, ())
             write_text(output / TRACKER, "0\n")  # before the folder has its name: killed in between, the same command begins anew
     except BaseException as error:
-        (output / TRACKER).unlink(missing_ok=True)
-        if is_new:
-            with suppress(OSError):
-                output.rmdir()
+        if not folder.exists():  # a signal may have come when it just had its name
+            (output / TRACKER).unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):
+                    output.rmdir()
         if isinstance(error, OSError):
             raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
         raise

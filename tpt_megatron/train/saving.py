@@ -108,10 +108,12 @@ class Saving:
 
     def _check(self, description: Mapping[str, Any], where: str, *, resuming: bool, weights_only: bool = False) -> None:
         """Refuse a checkpoint of another model, precision or, when it is of this run, data."""
-        ours = self._config.model.model_dump(mode="json")
+        ours = self._config.model.model_dump(mode="json") | {"head_dim": self._config.model.head_size}
+        theirs = dict(description["model"])
+        theirs["head_dim"] = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_heads"]  # which some configs spell out and others do not
         # How positions are turned is no weight: sequences that become longer from one run to the next take another base.
         free = ("init_std", "vocab_divisor", *(("rope_theta", "rope_scaling") if weights_only else ()))
-        for key, value in description["model"].items():
+        for key, value in theirs.items():
             if ours.get(key) != value and not key.endswith(free):
                 raise CheckpointError(
                     f"{where}: the checkpoint has model.{key}={value}, the config {ours.get(key)}; use the checkpoint's value, or another run_dir"

@@ -218,3 +218,40 @@ def test_spellings_that_disagree_are_refused(tmp_path: Path, sources: Any) -> No
     edit_config(source, rope_theta=999.0)
     with pytest.raises(ConversionError, match="say different things"):
         import_model(source, tmp_path / "checkpoints")
+
+
+_QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "vocab_size": 151_936, "use_sliding_window": False, "initializer_range": 0.02}
+_LLAMA_3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+PUBLISHED = {
+    "llama-3.2-1b": {
+        **{"model_type": "llama", "attention_bias": False, "mlp_bias": False, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048},
+        **{"intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1},
+        **{"rms_norm_eps": 1e-05, "rope_scaling": _LLAMA_3, "rope_theta": 500_000.0, "tie_word_embeddings": True, "vocab_size": 128_256},
+    },
+    "qwen2.5-1.5b": {
+        **_QWEN,
+        **{"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "max_window_layers": 28, "num_attention_heads": 12},
+        **{"num_hidden_layers": 28, "num_key_value_heads": 2, "sliding_window": 131_072, "tie_word_embeddings": True, "use_mrope": False},
+    },
+    "qwen3-0.6b": {
+        **_QWEN,
+        **{"model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "max_window_layers": 28},
+        **{"num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None, "sliding_window": None},
+        "tie_word_embeddings": True,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN,
+        **{"model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144},
+        **{"mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128},
+        **{"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "router_aux_loss_coef": 0.001, "tie_word_embeddings": False},
+    },
+}
+"""As config.json of the models themselves spells them, without what is of tokens and types."""
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_published_config_is_the_preset_of_its_name(preset: str) -> None:
+    """So that a run that names the preset can start from the imported model."""
+    _, found = model_of(PUBLISHED[preset], Path("config.json"))
+    expected = ModelConfig.model_validate(preset)
+    assert found.model_dump() | {"head_dim": found.head_size} == expected.model_dump() | {"head_dim": expected.head_size}
