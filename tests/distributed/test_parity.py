@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.ranks import WarmRanks
+from tpt_megatron.convert.checkpoint_reader import CheckpointReader
 
 STEPS = 20
 BOUND = 1e-5
@@ -39,7 +41,7 @@ OF_MTP: dict[str, tuple[int, dict[str, Any]]] = {
 Run = Callable[..., list[dict[str, float]]]
 
 
-SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 176, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "vocab_divisor": 64}
+SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 176, "num_heads": 4, "num_query_groups": 2, "vocab_size": 257, "vocab_divisor": 128}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": SHAPE | {"qk_norm": True, "qkv_bias": True, "rope_scaling": {"factor": 4, "original_max_position_embeddings": 16}},
     "experts": SHAPE | {"experts": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "aux_loss_coefficient": 0.1}},
@@ -154,6 +156,19 @@ def test_recomputing_whole_layers_learns_the_same_under_tensor_parallelism(run: 
     initial, losses = reference("dense")
     ranks, parallel = LAYOUTS["TP2+SP"]
     assert_close(run("dense", ranks, parallel, load=initial, recompute="full"), losses)
+
+
+def test_a_checkpoint_has_the_weights_of_its_step_where_gathering_them_is_left_to_the_next(run: Run, reference: Reference, tmp_path: Path) -> None:
+    initial, _ = reference("dense")
+    saved = {}
+    for name in ("DP2", "DP2, overlapped"):
+        ranks, parallel = LAYOUTS[name]
+        run("dense", ranks, parallel, load=initial, last=4, save=tmp_path / name, save_before=4)
+        saved[name] = CheckpointReader(tmp_path / name / "iter_0000004")
+    weights = [key for key in saved["DP2"].tensors if not key.startswith("optimizer")]
+    assert "output_layer.weight" in weights
+    for key in weights:
+        torch.testing.assert_close(saved["DP2, overlapped"].read(key), saved["DP2"].read(key), rtol=0, atol=1e-6, msg=key)
 
 
 CHANGES = [

@@ -1,6 +1,6 @@
 """What megatron-core computes is what transformers computes from the export: the same losses on the same tokens.
 
-The vocabulary is not padded here: megatron-core's cross-entropy counts padded rows, which an export does not have.
+The vocabulary is padded in the one and not in the other: rows of padding have no part in the loss.
 """
 
 import json
@@ -23,7 +23,7 @@ from tpt_megatron.mcore.engine import Engine, MicroBatch
 
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 tie = kind == "tied"
-shape = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 112, "num_heads": 6, "num_query_groups": 2, "vocab_size": 201, "vocab_divisor": 67,
+shape = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 112, "num_heads": 6, "num_query_groups": 2, "vocab_size": 201,
          "tie_embeddings": tie, "rope_theta": 5e5,
          "rope_scaling": {"factor": 8, "original_max_position_embeddings": 32} if tie else None}
 if kind == "experts":

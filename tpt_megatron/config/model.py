@@ -52,8 +52,8 @@ class ModelConfig(Config):
 
     preset                takes every value of a known model, qwen3-0.6b for instance, over which those that are given beside it count; a name that is
                           not known is answered with all that are
-    vocab_size            0 takes the dataset's tokenizer's size. It is padded to a multiple of vocab_divisor x tensor_parallel in
-                          the checkpoint, and unpadded on export
+    vocab_size            0 takes the dataset's tokenizer's size. It is padded to a multiple of vocab_divisor, which
+                          tensor_parallel must divide, in the checkpoint, and unpadded on export
     qkv_bias              a bias on query, key and value (Qwen2)
     qk_norm               RMSNorm of each head's query and key (Qwen3)
     mtp_layers            layers that predict tokens further on (multi-token prediction); mtp_loss_weight: of their mean loss, which

@@ -73,6 +73,10 @@ class TrainConfig(Config):
         self._lengths_fit()
         if self.epochs is None:
             self.data.check_lengths(self.progress.sequences_before(self.last_step + 1))
+        if self.checkpoint.keep_best and isinstance(self.data.validation, dict):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} goes by validation_loss, which named sets do not have; name no set, or keep none"
+            )
         if self.checkpoint.keep_best and (not self.validate_every_steps or self.checkpoint.every_steps % self.validate_every_steps):
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_loss for every checkpoint: checkpoint.every_steps="

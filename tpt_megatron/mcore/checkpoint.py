@@ -94,6 +94,7 @@ class CheckpointWriter:
         failed = f"{temporary}: cannot be written"
         _on_rank_0(failed, lambda: temporary.mkdir(parents=True))
         metadata = _metadata()
+        self._engine.gather_parameters()
         state = _sharded_state(self._engine, metadata, is_loading=False)
         results = filesystem_async._results_queue = _WriterResults(temporary, dist.get_rank())
         with _reported(failed):

@@ -167,6 +167,12 @@ class Engine:
             for chunk in self.model:
                 chunk.start_param_sync()
 
+    def gather_parameters(self) -> None:
+        """Have every rank hold all parameters as the last step left them: overlapped gathering leaves that to the next forward pass."""
+        if self._config.parallel.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
     def _clip(self, gradient_norm: float) -> None:
         """Bring the gradient of all parameters, whichever optimizer has them, under the config's norm."""
         most = self._config.optimizer.clip_gradient_norm

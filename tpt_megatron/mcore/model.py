@@ -16,14 +16,37 @@ from torch.nn import functional
 
 from tpt_megatron.config.model import ModelConfig, RopeScaling
 from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.errors import ConfigError
 from tpt_megatron.mcore.attention import SdpaCoreAttention
 from tpt_megatron.mcore.machine import FP8_FORMATS
 
 
 def padded_vocabulary(model: ModelConfig, tensor_parallel: int) -> int:
-    """Return the embedding's rows: vocab_size rounded up to a multiple of vocab_divisor x tensor_parallel."""
-    multiple = model.vocab_divisor * tensor_parallel
-    return -(-model.vocab_size // multiple) * multiple
+    """Return the embedding's rows: vocab_size rounded up to a multiple of vocab_divisor, whatever the layout, so that weights are drawn alike.
+
+    ConfigError where tensor-parallel ranks cannot have equal parts of them.
+    """
+    rows = -(-model.vocab_size // model.vocab_divisor) * model.vocab_divisor
+    if rows % tensor_parallel:
+        raise ConfigError(
+            f"parallel.tensor_parallel={tensor_parallel} does not divide the {rows} rows of the padded vocabulary; make model.vocab_divisor="
+            f"{model.vocab_divisor} a multiple of it"
+        )
+    return rows
+
+
+class PaddedGPTModel(GPTModel):  # type: ignore[misc]
+    """megatron-core's GPT, whose loss is over the vocabulary alone: as it stands it would give probability to the rows that pad it."""
+
+    real_vocabulary: int
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the losses [b, s] of labels [b, s] and logits [s, b, padded vocabulary/tp]."""
+        rows = logits.size(-1)
+        first_padded = max(0, self.real_vocabulary - parallel_state.get_tensor_model_parallel_rank() * rows)
+        if first_padded < rows:
+            logits.detach()[..., first_padded:] = -math.inf  # a probability of 0, and so no gradient
+        return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
 
 
 def transformer_config(config: TrainConfig) -> TransformerConfig:
@@ -186,7 +209,7 @@ def build_model(config: TrainConfig, core: TransformerConfig) -> list[Distribute
 def _build_chunk(config: TrainConfig, core: TransformerConfig, stage: int | None) -> DistributedDataParallel:
     model, parallel = config.model, config.parallel
     block_spec = _block_spec(core, stage)
-    gpt: Any = GPTModel(
+    gpt: Any = PaddedGPTModel(
         config=core,
         transformer_layer_spec=block_spec,
         vocab_size=padded_vocabulary(model, parallel.tensor_parallel),
@@ -200,6 +223,7 @@ def _build_chunk(config: TrainConfig, core: TransformerConfig, stage: int | None
         mtp_block_spec=_mtp_spec(core, block_spec, stage),
         vp_stage=stage,
     )
+    gpt.real_vocabulary = model.vocab_size
     if model.rope_scaling is not None:
         # megatron-core would take the factor alone, and Llama 3.1's other numbers for granted.
         gpt.rotary_pos_emb.inv_freq = scaled_frequencies(gpt.rotary_pos_emb.inv_freq, model.rope_scaling)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tpt_megatron.config.model import ModelConfig, RopeScaling
+from tpt_megatron.errors import ConfigError
 from tpt_megatron.mcore.cpu import FusedAdam
 from tpt_megatron.mcore.model import count_parameters, padded_vocabulary, scaled_frequencies
 
@@ -11,9 +12,10 @@ def config(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate({**shape, **changes})
 
 
-@pytest.mark.parametrize(("tensor_parallel", "rows"), [(1, 256), (2, 256), (4, 512)])
-def test_vocabulary_is_padded_for_the_layout(tensor_parallel: int, rows: int) -> None:
-    assert padded_vocabulary(config(), tensor_parallel) == rows
+def test_vocabulary_is_padded_alike_in_every_layout() -> None:
+    assert [padded_vocabulary(config(vocab_size=257), tensor_parallel) for tensor_parallel in (1, 2, 4)] == [384] * 3
+    with pytest.raises(ConfigError, match=r"tensor_parallel=2 does not divide the 257 rows of the padded vocabulary; make model.vocab_divisor=1 a multiple"):
+        padded_vocabulary(config(vocab_size=257, vocab_divisor=1), 2)
 
 
 PUBLISHED = {
