@@ -1,17 +1,23 @@
-"""Memory and speed of converting a large model both ways, against copying the same bytes.
+"""`tpt convert` both ways on a large random model: memory, and speed beside a plain copy of the same files.
 
     python benchmarks/convert.py [--gigabytes 8] [--rounds 3] [--folder DIR]
 
-A random Llama-style model in bf16, with an embedding of a ninth of it, is written file by file, imported by `tpt convert import`, and the
-checkpoint exported by `tpt convert export`; a plain copy of the model's files, synced to disk as the conversions are, takes turns with
-them. What was read before is dropped from the page cache. Printed are medians of GB/s, ratios within the rounds, and the peak memory of
-each process: all of it (VmHWM, mapped pages of files included), over the bound that the project states.
+A Llama-like model in bf16 whose embedding is a ninth of it is written file by file, imported by `tpt convert import` in a process of its own,
+and the checkpoint exported by `tpt convert export` in another. A copy of the model's files, synced to disk as the conversions are, takes turns
+with them. Before each of the three everything is written out and what it reads dropped from the page cache. At the end the exported model is
+compared with the first one, bit by bit.
+
+    GB/s       the model's bytes over the seconds of the whole command, start-up included; medians of the rounds
+    of a copy  the copy's seconds over the command's, within a round: median, and the range
+    anonymous  the largest RssAnon, sampled every few milliseconds: memory that the process asked for
+    all        the largest VmHWM: with pages of mapped files, which the kernel takes back whenever it needs them, and of libraries
+
+Room for three times the model is needed; it is freed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -27,60 +33,45 @@ from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.convert.export import plan_shards
 from tpt_megatron.convert.families import FAMILIES
 from tpt_megatron.convert.families.rules import pieces
-from tpt_megatron.convert.hugging_face import CONFIG, INDEX, writing, written_config
-from tpt_megatron.files import sync_tree
+from tpt_megatron.convert.hugging_face import CONFIG, INDEX, HuggingFaceTensors, writing, written_config
+from tpt_megatron.files import sync_tree, write_json
 
-TO_SPARE = 500e6
-"""Bytes over twice the largest tensor that a conversion may take."""
+GB = 1e9
+TO_SPARE = 0.5 * GB
+"""What a conversion may take beside twice the largest tensor."""
+SHARD_BYTES = 2_000_000_000
+SAMPLED_EVERY_S = 0.005
+INFINITY = 0x7F80
+"""The first bf16, as an integer, that is not finite."""
 
 
 def make_model(folder: Path, gigabytes: float) -> tuple[int, int]:
     """Write a random model; return its bytes and those of its largest tensor."""
     hidden = 4096 if gigabytes >= 4 else 1024
-    shape = {"num_heads": hidden // 128, "num_query_groups": 8, "hidden_size": hidden, "ffn_hidden_size": int(3.5 * hidden)}
-    vocabulary = int(gigabytes * 1e9 / 9 / 2 / hidden)
-    one_layer = hidden * (hidden * 2 + 2 * 8 * 128) + 3 * hidden * shape["ffn_hidden_size"]
-    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * vocabulary * hidden) / one_layer))
+    shape = {"hidden_size": hidden, "ffn_hidden_size": int(3.5 * hidden), "num_heads": hidden // 128, "num_query_groups": hidden // 512}
+    vocabulary = int(gigabytes * GB / 9 / 2 / hidden)
+    one_layer = hidden * (2 * hidden + 2 * shape["num_query_groups"] * 128) + 3 * hidden * shape["ffn_hidden_size"]
+    layers = max(1, round((gigabytes * GB / 2 - 2 * vocabulary * hidden) / one_layer))
     model = ModelConfig.model_validate({**shape, "num_layers": layers, "vocab_size": vocabulary})
     family = FAMILIES["llama"]
-    table = list(pieces(family.rules_of(model), model))
-    shards = plan_shards(table, 2, 2_000_000_000)
-    folder.mkdir(parents=True)
-    random = torch.Generator().manual_seed(0)
+    shards = plan_shards(list(pieces(family.rules_of(model), model)), 2, SHARD_BYTES)
+    generator = torch.Generator().manual_seed(0)
     for shard in shards:
         with writing(folder / shard.name, shard.shapes, torch.bfloat16) as take:
-            for name, tensor_shape in shard.shapes.items():
-                take(name, torch.randint(0, 2**15, tensor_shape, dtype=torch.int16, generator=random).view(torch.bfloat16))
-    places = {name: shard.name for shard in shards for name in shard.shapes}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / CONFIG).write_text(json.dumps(written_config(family, model, positions=8192, dtype=torch.bfloat16, eod_id=None)))
-    sizes = [2 * torch.Size(tensor_shape).numel() for shard in shards for tensor_shape in shard.shapes.values()]
+            for name, of_tensor in shard.shapes.items():
+                take(name, torch.randint(0, INFINITY, of_tensor, dtype=torch.int16, generator=generator).view(torch.bfloat16))
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": {name: shard.name for shard in shards for name in shard.shapes}})
+    write_json(folder / CONFIG, written_config(family, model, positions=8192, dtype=torch.bfloat16, eod_id=None))
+    sizes = [2 * torch.Size(of_tensor).numel() for shard in shards for of_tensor in shard.shapes.values()]
     return sum(sizes), max(sizes)
 
 
 def forget(folder: Path) -> None:
-    """Sync a folder's files and drop them from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
-def convert(*arguments: str) -> tuple[float, float]:
-    """Run `tpt convert ...`; return its seconds and its peak memory in bytes."""
-    code = (
-        "import sys; from tpt_megatron.cli import main\n"
-        "try: main()\n"
-        "finally: print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0], file=sys.stderr)\n"
-    )
-    began = time.perf_counter()
-    ended = subprocess.run([sys.executable, "-c", code, "convert", *arguments], check=False, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
-    if ended.returncode:
-        sys.exit(ended.stderr)
-    return seconds, 1024 * float(ended.stderr.split("VmHWM:")[1].split()[0])
+    """Write everything out, and drop a folder's files from the page cache."""
+    os.sync()
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def copy(source: Path, target: Path) -> float:
@@ -91,37 +82,60 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
+def convert(direction: str, source: Path, target: Path, peaks: dict[str, float]) -> float:
+    """Run `tpt convert`; return its seconds, and raise `peaks` (anonymous, all; in bytes) to its memory."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-m", "tpt_megatron.cli", "convert", direction, str(source), str(target)], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("RssAnon", "VmHWM")))
+            for name, line in found.items():  # none, once it is a zombie
+                peaks[name] = max(peaks.get(name, 0), 1024 * float(line.split()[0]))
+            time.sleep(SAMPLED_EVERY_S)
+    if process.returncode:
+        sys.exit(f"tpt convert {direction} failed")
+    return time.perf_counter() - began
+
+
+def check(first: Path, second: Path) -> None:
+    """Exit unless both folders have the same tensors."""
+    theirs, ours = HuggingFaceTensors(first), HuggingFaceTensors(second)
+    if theirs.shapes != ours.shapes or not all(torch.equal(theirs.read(name), ours.read(name)) for name in theirs.shapes):
+        sys.exit("the exported model is not the imported one")
+
+
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where there is room for three times the model; default: the system's temporary folder")
+    parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         root = Path(temporary)
-        model, checkpoint, exported, copied = (root / name for name in ("model", "checkpoint", "exported", "copied"))
+        model, copied, checkpoint, exported = (root / name for name in ("model", "copied", "checkpoint", "exported"))
+        model.mkdir()
         total, largest = make_model(model, args.gigabytes)
         bound = 2 * largest + TO_SPARE
-        print(f"{total / 1e9:.2f} GB in bf16, largest tensor {largest / 1e9:.2f} GB: bound {bound / 1e9:.2f} GB", flush=True)
-        times: dict[str, list[float]] = {"import": [], "export": [], "copy": []}
-        peaks: dict[str, float] = {"import": 0.0, "export": 0.0}
+        print(f"{total / GB:.2f} GB, largest tensor {largest / GB:.2f} GB, memory's bound {bound / GB:.2f} GB", flush=True)
+        times: dict[str, list[float]] = {"copy": [], "import": [], "export": []}
+        peaks: dict[str, dict[str, float]] = {"import": {}, "export": {}}
         for _ in range(args.rounds):
-            for folder in (checkpoint, exported, copied):
-                shutil.rmtree(folder, ignore_errors=True)
+            for made in (checkpoint, exported):
+                shutil.rmtree(made, ignore_errors=True)
             forget(model)
             times["copy"].append(copy(model, copied))
             shutil.rmtree(copied)
-            for name, source, target in (("import", model, checkpoint), ("export", checkpoint, exported)):
-                forget(source)
-                seconds, peak = convert(name, str(source), str(target))
-                times[name].append(seconds)
-                peaks[name] = max(peaks[name], peak)
-        for name in ("copy", "import", "export"):
-            ratios = [whole / mine for whole, mine in zip(times["copy"], times[name], strict=True)]
-            memory = f"peak {peaks[name] / 1e9:.2f} GB, {peaks[name] / bound:.2f} of the bound" if name in peaks else ""
-            speed = total / 1e9 / statistics.median(times[name])
-            print(f"{name:8s} {speed:6.2f} GB/s   {statistics.median(ratios):5.2f} of copying ({min(ratios):.2f} to {max(ratios):.2f})   {memory}")
+            forget(model)
+            times["import"].append(convert("import", model, checkpoint, peaks["import"]))
+            forget(checkpoint / "iter_0000000")
+            times["export"].append(convert("export", checkpoint, exported, peaks["export"]))
+            print("  ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in times.items()), flush=True)
+        for name, seconds in times.items():
+            ratios = [whole / mine for whole, mine in zip(times["copy"], seconds, strict=True)]
+            of_copy = f"{statistics.median(ratios):.2f} of a copy ({min(ratios):.2f} to {max(ratios):.2f})"
+            memory = f"  anonymous {peaks[name]['RssAnon'] / GB:.2f} GB, all {peaks[name]['VmHWM'] / GB:.2f} GB" if name in peaks else ""
+            print(f"{name:6}  {total / GB / statistics.median(seconds):5.2f} GB/s  {of_copy}{memory}")
+        check(model, exported)
 
 
 if __name__ == "__main__":

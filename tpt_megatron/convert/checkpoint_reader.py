@@ -5,25 +5,24 @@ Tensors are read one at a time, stacked ones layer by layer, so that memory hold
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from tpt_megatron.checkpoints import DESCRIPTION, TRACKER, iteration_folder
 from tpt_megatron.config.model import ModelConfig
+from tpt_megatron.convert.streaming import StreamedView
 from tpt_megatron.errors import CheckpointError
 
 FORMAT = 1
@@ -118,9 +117,7 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self.path = checkpoint
-        self._storage = FileSystemReader(checkpoint)
         self._metadata = _read_metadata(checkpoint)
-        self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.tensors: dict[str, StoredTensor] = {
             key: StoredTensor(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -128,7 +125,10 @@ class CheckpointReader:
         }
 
     def read(self, key: str, place: tuple[int, ...] = ()) -> torch.Tensor:
-        """Return the whole tensor, or the slice at `place` of its first axes. `key` must be one of `tensors`."""
+        """Return the whole tensor, or the slice at `place` of its first axes. `key` must be one of `tensors`.
+
+        Memory holds what is asked for, and beside it a part of it at a time where it was written in parts.
+        """
         entry = self._metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata), key
         offsets, sizes = [0] * len(entry.size), list(entry.size)
@@ -138,67 +138,23 @@ class CheckpointReader:
         if sum(item.lengths.numel() for item in items) != chunk.sizes.numel():
             raise CheckpointError(f"{self.path}: parts of {key} are missing; the checkpoint is incomplete, use another one")
         with _damage_is_an_error(self.path, key):
-            if len(items) == 1 and self._stored(items[0]).sizes == chunk.sizes:  # else it would be in memory twice
-                target = self._load(items[0])
+            if len(items) == 1:
+                target = self._stored(items[0], entry.properties.dtype)
             else:
                 target = torch.empty(sizes, dtype=entry.properties.dtype)
-                self._storage.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+                for item in items:
+                    narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(self._stored(item, target.dtype))
         return target[(0,) * len(place)]
 
-    def _stored(self, item: ReadItem) -> ChunkStorageMetadata:
-        entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        return next(chunk for chunk in entry.chunks if chunk.offsets == item.storage_index.offset)
-
-    def _load(self, item: ReadItem) -> torch.Tensor:
-        """Return the whole chunk that an item reads from."""
-        where = self._storage.storage_data[item.storage_index]
-        with open(self.path / where.relative_path, "rb") as file:
-            loaded = torch.load(_Part(file, where.offset, where.length), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-        assert isinstance(loaded, torch.Tensor)
-        return loaded
-
-
-class _Part(io.RawIOBase):
-    """A part of a file, as if it were one: chunks lie in a checkpoint's files one after the other."""
-
-    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0 if whence == io.SEEK_SET else self._at if whence == io.SEEK_CUR else self._length)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, or as much of it as there is."""
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(view)  # type: ignore[attr-defined]
-        self._at += count
-        return int(count)
-
-
-class _IntoTensor(DefaultLoadPlanner):
-    """A planner that copies every piece read into its place in one tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        piece = self._target
-        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            piece = piece.narrow(axis, offset, length)
-        return piece
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing is left to do: `resolve_tensor` gave a view of the target."""
+    def _stored(self, item: ReadItem, dtype: torch.dtype) -> torch.Tensor:
+        """Return one part as it was written. torch's own reader copies it once more."""
+        assert self._metadata.storage_data is not None
+        at = self._metadata.storage_data[item.storage_index]
+        with StreamedView(self.path / at.relative_path, at.offset, at.length) as file:
+            tensor: torch.Tensor = torch.load(cast(IO[bytes], file), map_location="cpu", weights_only=True)
+        if tensor.dtype != dtype:
+            raise ValueError(f"a part is {tensor.dtype}")
+        return narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from tpt_megatron.convert.families import family_of
 from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
 from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
+from tpt_megatron.convert.streaming import Budget
 from tpt_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, MachineError, UsageError
 from tpt_megatron.files import read_json, remove_stale_neighbours, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
@@ -35,8 +36,8 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     """Write a checkpoint as a Hugging Face folder that transformers 4.57 and 5.x load. It appears whole or not at all. Returns the `iter_*` folder.
 
     `checkpoint` is an `iter_*` folder, or a checkpoints or run folder, whose latest checkpoint is taken. `dtype` is fp32, bf16
-    or fp16; None keeps the precision of training. Tensors are sharded when they exceed `shard_bytes`. Memory: twice one stored tensor,
-    or slice of stacked ones, for each of two threads.
+    or fp16; None keeps the precision of training. Tensors are sharded when they exceed `shard_bytes`. Memory: twice the largest stored
+    tensor, or slice of stacked ones.
 
     Raises UsageError for a wrong dtype or an output that is in use, CheckpointError for a checkpoint that is missing,
     incomplete or damaged, ConversionError when its tensors are not those of the model it says it is, or no family has such a model.
@@ -122,14 +123,16 @@ def plan_shards(table: Sequence[Piece], item_bytes: int, shard_bytes: int) -> li
 
 def _write_tensors(folder: Path, reader: CheckpointReader, record: CheckpointRecord, shards: Sequence[Shard], dtype: torch.dtype) -> None:
     is_ending = threading.Event()
+    budget = Budget(2 * max(_memory(reader, piece) for shard in shards for piece in shard.pieces))
 
     def write(shard: Shard) -> None:
         with writing(folder / shard.name, shard.shapes, dtype) as take:
             for piece in shard.pieces:
                 if is_ending.is_set():
                     raise InterruptedError("stopped")
-                for name, tensor in parts_of(reader, piece, record):
-                    take(name, tensor.to(dtype))
+                with budget.taking(_memory(reader, piece) * (1 if len(piece.parts) == 1 else 2)):
+                    for name, tensor in parts_of(reader, piece, record):
+                        take(name, tensor)
                 bar.advance()
 
     with progress_bar("exporting", total=sum(len(shard.pieces) for shard in shards)) as bar, ThreadPoolExecutor(_THREADS) as pool:
@@ -145,6 +148,12 @@ def _write_tensors(folder: Path, reader: CheckpointReader, record: CheckpointRec
             "weight_map": {name: shard.name for shard in shards for name in shard.shapes},
         }
         write_json(folder / INDEX, index)
+
+
+def _memory(reader: CheckpointReader, piece: Piece) -> int:
+    """Return the bytes of a piece as it is stored."""
+    stored = reader.tensors[piece.key]
+    return stored.dtype.itemsize * torch.Size(stored.shape[len(piece.place) :]).numel()
 
 
 def parts_of(reader: CheckpointReader, piece: Piece, record: CheckpointRecord) -> Iterator[tuple[str, torch.Tensor]]:

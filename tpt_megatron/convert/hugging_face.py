@@ -15,6 +15,7 @@ from torch import Tensor
 from tpt_megatron.config.model import ModelConfig, RopeScaling
 from tpt_megatron.convert.families import FAMILIES
 from tpt_megatron.convert.families.rules import Family, Shape
+from tpt_megatron.convert.streaming import StreamedView, StreamedWriter
 from tpt_megatron.errors import ConversionError
 
 CONFIG = "config.json"
@@ -28,6 +29,8 @@ KEPT_FILES = (
 """What a folder holds beside tensors that an export of the model, trained on, should have again."""
 _FREE = ("max_window_layers", "sliding_window", "output_router_logits")
 """Keys of a config.json whose values change nothing here, windows being off: a source's own stay, also where it has none."""
+_AT_ONCE = 1 << 24
+"""Bytes of a tensor that are brought into another type, and written, in one go."""
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
@@ -154,21 +157,21 @@ def written_config(
 
 
 class HuggingFaceTensors:
-    """The tensors of a model folder, read one at a time."""
+    """The tensors of a model folder, read one at a time: memory holds what was asked for and no file."""
 
     def __init__(self, folder: Path) -> None:
         """Read the index, and every file's header. ConversionError for a folder without tensors, or with damaged ones."""
         self.folder = folder
-        self._files: dict[str, Path] = {}
-        self._begins: dict[str, int] = {}
+        self._places: dict[str, tuple[Path, int, int]] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for path in self._paths():
-            header, data_begins = read_header(path)
+            data, header = read_header(path)
             for name, entry in header.items():
                 if entry["dtype"] not in DTYPES:
                     raise ConversionError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
-                self._files[name], self._begins[name] = path, data_begins + entry["data_offsets"][0]
+                begin, end = entry["data_offsets"]
+                self._places[name] = path, data + begin, end - begin
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
 
     def _paths(self) -> list[Path]:
@@ -186,21 +189,29 @@ class HuggingFaceTensors:
         return [self.folder / name for name in names]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor. It is read, not mapped: a mapping would keep a second one in memory while the first is written."""
-        path = self._files[name]
+        """Return one tensor."""
+        path, offset, length = self._places[name]
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        into = tensor.view(-1).view(torch.uint8).numpy()
-        with open(path, "rb") as file:
-            file.seek(self._begins[name])
-            if file.readinto(into.data) != len(into):
-                raise ConversionError(f"{path}: {name} cannot be read, the file was cut off")
+        try:
+            if length != tensor.nbytes:
+                raise ValueError(f"it has {length} bytes, its shape asks for {tensor.nbytes}")
+            with StreamedView(path, offset, length) as file:
+                if file.readinto(bytes_of(tensor)) != length:
+                    raise ValueError("it is cut off")
+        except (ValueError, OSError) as error:
+            raise ConversionError(f"{path}: {name} cannot be read, the file is damaged ({error})") from None
         return tensor
 
 
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return a safetensors file's header, of each tensor {dtype, shape, data_offsets}, and the byte that offsets count from.
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
-    ConversionError when the file is damaged.
+
+def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Return where a safetensors file's data begins, and its header without metadata: of each tensor {dtype, shape, data_offsets}.
+
+    ConversionError when it is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -212,17 +223,17 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         for entry in header.values():
-            entry["dtype"], entry["shape"] = str(entry["dtype"]), [int(length) for length in entry["shape"]]
+            entry["dtype"], entry["shape"] = str(entry["dtype"]), [int(axis) for axis in entry["shape"]]
         if 8 + length + end != size:
             raise ValueError(f"{size} bytes, the header says {8 + length + end}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{path}: not a whole safetensors file ({error})") from None
-    return dict(header), 8 + length
+    return 8 + length, dict(header)
 
 
 @contextmanager
 def writing(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> Iterator[Any]:
-    """Yield a function that takes the tensors of a safetensors file one after the other, in the order of `shapes`.
+    """Yield a function that takes the tensors of a safetensors file, of whatever type, one after the other in the order of `shapes`.
 
     The library has all tensors of a file in memory when it writes; here it is one.
     """
@@ -235,12 +246,13 @@ def writing(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> Iter
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     waiting = list(shapes)
-    with open(path, "wb") as file:
+    with StreamedWriter(path, with_checksum=False) as file:
         file.write(len(text).to_bytes(8, "little") + text)
 
         def write(name: str, tensor: Tensor) -> None:
-            assert name == waiting.pop(0) and tuple(tensor.shape) == tuple(shapes[name]) and tensor.dtype == dtype, name
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            assert name == waiting.pop(0) and tuple(tensor.shape) == tuple(shapes[name]), name
+            for rows in torch.split(tensor, max(1, _AT_ONCE * len(tensor) // tensor.nbytes)):  # a copy in another type is one of few rows
+                file.write(bytes_of(rows.to(dtype).contiguous()))
 
         yield write
         assert not waiting, waiting

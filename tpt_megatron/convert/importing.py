@@ -6,17 +6,17 @@ import logging
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, finished_steps, iteration_folder, latest_step, write_checksums
@@ -24,8 +24,9 @@ from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.convert.checkpoint_reader import FORMAT
 from tpt_megatron.convert.families.rules import EMBEDDING, OUTPUT, Family, Piece, Shape, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, kept_files, model_of, read_config
+from tpt_megatron.convert.streaming import Budget, StreamedWriter
 from tpt_megatron.errors import ConversionError, MachineError, UsageError
-from tpt_megatron.files import remove_stale_neighbours, whole_folder, write_json, write_text
+from tpt_megatron.files import FileEntry, remove_stale_neighbours, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EMBEDDING, _OUTPUT = *EMBEDDING.parts, *OUTPUT.parts
 _THREADS = 2
-"""Files written at a time; torch's serialization lets two threads write twice as fast as one."""
+"""Files written at a time; each is hashed by the thread that writes it, which takes longer than writing."""
 _MARGIN = 1.02
 """Free space that is asked for, over the bytes of the tensors: for headers, configs and the tokenizer."""
 
@@ -49,7 +50,7 @@ class Tensors(Protocol):
 def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
     """Write a Hugging Face model folder as a checkpoint of step 0 under `output`, and return its `iter_*` folder. It appears whole or not at all.
 
-    `dtype` is fp32, bf16 or fp16; None keeps what is there. Memory: one tensor, or the parts of one, for each of two threads.
+    `dtype` is fp32, bf16 or fp16; None keeps what is there. Memory: twice the largest tensor of the checkpoint, or of a layer of it.
 
     Raises UsageError for a wrong dtype or an output that is in use, ConversionError for a folder that is damaged, incomplete or has what
     cannot be expressed, MachineError when the disk has no room.
@@ -83,11 +84,12 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
     is_new = not output.exists()
     try:
         with whole_folder(folder) as temporary:
-            write_checkpoint(temporary, tensors, model, table, DTYPES[precision])
+            widest = max(tensors.dtypes.values(), key=lambda kind: kind.itemsize)
+            entries = write_checkpoint(temporary, tensors, model, table, DTYPES[precision], widest)
             for path in kept_files(source):
                 shutil.copyfile(path, temporary / f"{IMPORTED}{path.name}")
             write_json(temporary / DESCRIPTION, description)
-            write_checksums(temporary, ())
+            write_checksums(temporary, entries)
             write_text(output / TRACKER, "0\n")  # before the folder has its name: killed in between, the same command begins anew
     except BaseException as error:
         if not folder.exists():  # a signal may have come when it just had its name
@@ -139,81 +141,91 @@ def check_room(folder: Path, tensor_bytes: int) -> None:
         raise MachineError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; nothing was written")
 
 
-def write_checkpoint(folder: Path, tensors: Tensors, model: ModelConfig, table: list[Piece], dtype: torch.dtype) -> None:
-    """Write the tensors in megatron-core's torch_dist format, layers stacked, with what its loader wants beside them."""
-    planner = _Planner(tensors, model, table, dtype)
-    plans, metadata = create_default_global_save_plan(planner.plans(_THREADS))
-    # Synced as a whole, before it gets its name. Threads are ours: torch's own would lose what goes wrong in them.
-    writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
-    plans = writer.prepare_global_plan(plans)
+def write_checkpoint(
+    folder: Path, tensors: Tensors, model: ModelConfig, table: list[Piece], dtype: torch.dtype, source_dtype: torch.dtype | None = None
+) -> list[FileEntry]:
+    """Write the tensors in megatron-core's torch_dist format, layers stacked, with what its loader wants beside them.
+
+    source_dtype: what `tensors` are of, where it is not `dtype`. Returns the files of tensors with their checksums: hashed while they
+    are written, which saves reading them once more.
+    """
+    plans, metadata = create_default_global_save_plan(_plans(table, dtype, _THREADS))
+    writer = FileSystemWriter(folder, sync_files=False)  # synced as a whole, before the folder gets its name
+    writer.prepare_global_plan(plans)
+    widest = max((dtype, source_dtype or dtype), key=lambda kind: kind.itemsize).itemsize
+    budget = Budget(2 * widest * max(torch.Size(piece.shape).numel() for piece in table))
+    by_index = {_index(piece): piece for piece in table}
+    is_ending = threading.Event()
+
+    def made(piece: Piece) -> torch.Tensor:
+        parts = [tensors.read(name).to(dtype) for name in piece.parts]
+        return piece.fusion.join(parts, model).reshape(*(1 for _ in piece.place), *piece.shape)
+
+    def write(path: Path, plan: SavePlan) -> tuple[list[WriteResult], FileEntry]:
+        results = []
+        with StreamedWriter(path, with_checksum=True) as file:
+            for item in plan.items:
+                if is_ending.is_set():
+                    raise InterruptedError("stopped")
+                piece, begin = by_index[item.index], file.tell()
+                with budget.taking(_memory(piece, dtype, source_dtype)), _disk_errors():
+                    torch.save(made(piece), cast(IO[bytes], file))
+                length = file.tell() - begin
+                results.append(WriteResult(item.index, length, _StorageInfo(path.name, begin, length)))
+                bar.advance()
+        return results, file.entry()
+
     with _unchecked_archives(), progress_bar("importing", total=len(table)) as bar, ThreadPoolExecutor(_THREADS) as pool:
-        planner.advance = bar.advance
         try:
-            # What belongs to no layer is largest, and torch has it in memory twice while it writes: nothing else is at work then.
-            results = [_written(writer, plans[0], planner)]
-            results += [done.result() for done in as_completed([pool.submit(_written, writer, plan, planner) for plan in plans[1:]])]
+            running = [pool.submit(write, folder / f"__{number}_0.distcp", plan) for number, plan in enumerate(plans)]
+            done = [future.result() for future in as_completed(running)]
         except BaseException:
-            planner.is_ending.set()
+            is_ending.set()
             raise
-    writer.finish(metadata, results)
+    writer.finish(metadata, [results for results, _ in done])
     torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / "common.pt")
     write_json(
         folder / "metadata.json",
         {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1},
     )
+    return [entry for _, entry in done]
 
 
-def _written(writer: FileSystemWriter, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+def _plans(table: Sequence[Piece], dtype: torch.dtype, count: int) -> list[SavePlan]:
+    """Return what is to be written, a chunk for each piece, in so many parts of about the same size."""
+    stacked = stacked_shapes(table)
+    parts: list[list[WriteItem]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for piece in table:
+        index = _index(piece)
+        assert index.offset is not None
+        chunk = ChunkStorageMetadata(index.offset, torch.Size((*(1 for _ in piece.place), *piece.shape)))
+        data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=dtype), size=torch.Size(stacked[piece.key]))
+        lightest = sizes.index(min(sizes))
+        parts[lightest].append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        sizes[lightest] += chunk.sizes.numel()
+    return [SavePlan(part) for part in parts]
+
+
+def _index(piece: Piece) -> MetadataIndex:
+    return MetadataIndex(piece.key, torch.Size((*piece.place, *(0 for _ in piece.shape))))
+
+
+def _memory(piece: Piece, dtype: torch.dtype, source_dtype: torch.dtype | None) -> int:
+    """Return the bytes that making a piece takes: itself, its parts where they are several, and what was read where that is of another type."""
+    copies = dtype.itemsize * (1 if len(piece.parts) == 1 else 2) + (source_dtype.itemsize if source_dtype not in (None, dtype) else 0)
+    return copies * torch.Size(piece.shape).numel()
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Raise what went wrong on disk, and not the error of its own with which torch's archive, on being closed, hides it."""
     try:
-        return writer.write_data(plan, planner).wait()
+        yield
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # the disk's, which torch's archive hides behind one of its own when it is closed
+        if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-class _Planner(DefaultSavePlanner):
-    """Makes each tensor when it is about to be written."""
-
-    def __init__(self, tensors: Tensors, model: ModelConfig, table: list[Piece], dtype: torch.dtype) -> None:
-        super().__init__()
-        self._tensors, self._model, self._dtype = tensors, model, dtype
-        self._stacked = stacked_shapes(table)
-        self._pieces = {(piece.key, self._offsets(piece)): piece for piece in table}
-        self.is_ending = threading.Event()
-        """When it is set, threads that write stop at their next tensor."""
-        self.advance: Callable[[], object] = lambda: None
-        """Called with each tensor."""
-
-    def _offsets(self, piece: Piece) -> torch.Size:
-        return torch.Size((*piece.place, *(0 for _ in piece.shape)))
-
-    def plans(self, count: int) -> list[SavePlan]:
-        """Return what is to be written, a chunk for each piece: what belongs to no layer, and the layers' in so many parts of about the same size."""
-        outer: list[WriteItem] = []
-        parts: list[list[WriteItem]] = [[] for _ in range(count)]
-        sizes = [0] * count
-        for (key, offsets), piece in self._pieces.items():
-            chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in piece.place), *piece.shape)))
-            data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=self._dtype), size=torch.Size(self._stacked[key]))
-            item = WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data)
-            if piece.place:
-                lightest = sizes.index(min(sizes))
-                parts[lightest].append(item)
-                sizes[lightest] += chunk.sizes.numel()
-            else:
-                outer.append(item)
-        return [SavePlan(part) for part in (outer, *parts)]
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        if self.is_ending.is_set():
-            raise InterruptedError("stopped")
-        assert write_item.index.offset is not None
-        piece = self._pieces[write_item.index.fqn, write_item.index.offset]
-        parts = [self._tensors.read(name).to(self._dtype) for name in piece.parts]
-        joined = piece.fusion.join(parts, self._model)
-        self.advance()
-        return joined.reshape(*(1 for _ in piece.place), *piece.shape)
 
 
 def stacked_shapes(table: Sequence[Piece]) -> dict[str, Shape]:
