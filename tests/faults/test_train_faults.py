@@ -20,6 +20,7 @@ import torch
 from tests.support.metrics import learned
 from tests.support.ranks import WarmRanks
 from tests.support.tensors import assert_same_tensors
+from tests.support.token_files import write_token_files
 from tpt_megatron.config.load import load_config
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.convert.checkpoint_reader import CheckpointReader, find_checkpoint
@@ -433,6 +434,16 @@ def test_a_vocabulary_smaller_than_a_bare_datasets_tokens_is_refused(tmp_path: P
     assert ended.returncode == 2
     assert "model.vocab_size=64 is smaller than the vocabulary" in ended.stderr
     assert train(config, f"data.train={tmp_path / 'bare'}", "model.vocab_size=257", "steps=2").returncode == 0
+
+
+def test_a_validation_set_of_a_larger_vocabulary_is_refused_before_the_first_step(tmp_path: Path, datasets: Path, train: Train) -> None:
+    write_token_files(tmp_path / "other", [([300 + number % 80] * 40, [], None) for number in range(40)], sidecars=False)
+    ended = train(
+        write_config(tmp_path, datasets), "model.vocab_size=257", f"data.validation={tmp_path / 'other'}", "validate_every_steps=2", "validation_batches=1"
+    )
+    assert ended.returncode == 2
+    assert f"model.vocab_size=257 is smaller than the vocabulary of {tmp_path / 'other'}, 340" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_an_unwritable_run_folder_is_one_line(tmp_path: Path, datasets: Path, train: Train) -> None:

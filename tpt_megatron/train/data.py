@@ -103,13 +103,14 @@ class Batches:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Everything a run reads. datasets: the training ones, by path; validation: by name, "" for the one that has none.
+    """Everything a run reads. datasets: the training ones, by path; opened: validation's, too; validation: by name, "" for the one that has none.
 
     config: the run's, its length in steps, which a length in epochs has only now that the datasets are open
     """
 
     config: TrainConfig
     datasets: dict[str, TokenDataset]
+    opened: dict[str, TokenDataset]
     train: Batches
     validation: dict[str, Batches]
     with_parts: dict[str, bool]
@@ -147,7 +148,7 @@ def open_run_data(config: TrainConfig) -> RunData:
                 f"but {path} holds {held}; lower validation_batches or give more validation data"
             )
     with_parts = {name: datasets[path].parts is not None for name, path in sets.items()}
-    return RunData(config, {path: datasets[path] for path in data.train_paths}, train, validation, with_parts, kinds)
+    return RunData(config, {path: datasets[path] for path in data.train_paths}, datasets, train, validation, with_parts, kinds)
 
 
 def _in_steps(config: TrainConfig, stream: Stream) -> TrainConfig:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import orjson
@@ -56,7 +57,7 @@ class Run:
         _check_batch(config, layout)
         self._data = open_run_data(config)
         self._epochs = config.epochs
-        self._config = _resolve_vocabulary(self._data.config, self._data.datasets)
+        self._config = _resolve_vocabulary(self._data.config, self._data.opened)
         self._stragglers = Stragglers(config.watch.stragglers)
         self._engine = Engine(self._config, kinds=len(self._data.kinds.table), around_forward=self._stragglers.forward)
         self._saving = Saving(self._config, self._engine, self._data, layout.rank)
@@ -96,8 +97,7 @@ class Run:
                 line |= self._stragglers.compare(step)
                 self._saving.poll()
                 if config.validate_every_steps and step % config.validate_every_steps == 0:
-                    watchdog.step(f"validation after step {step}")
-                    line |= self._validate()
+                    line |= self._validate(partial(watchdog.step, f"validation after step {step}"))
                 metrics.write(line)
                 trackers.write(line)
                 self._say(line, bar)
@@ -211,13 +211,19 @@ class Run:
             ranks=layout.data_parallel_size,
         )
 
-    def _validate(self) -> dict[str, float]:
-        """Return the loss of each validation set, and of its parts: `validation_loss`, or `validation_loss/NAME` of named sets."""
+    def _validate(self, still_at_it: Callable[[], None]) -> dict[str, float]:
+        """Return the loss of each validation set, and of its parts: `validation_loss`, or `validation_loss/NAME` of named sets.
+
+        `still_at_it` is called before each batch: a validation may take longer than a rank may stall.
+        """
         config = self._config
         losses: dict[str, float] = {}
         for name, source in self._data.validation.items():
             batch = config.global_batch_sequences
-            sums = [self._engine.evaluate(self._batches(source, number * batch, batch)) for number in range(config.validation_batches)]
+            sums = []
+            for number in range(config.validation_batches):
+                still_at_it()
+                sums.append(self._engine.evaluate(self._batches(source, number * batch, batch)))
             total = sum(sums[1:], sums[0])
             found = {"validation_loss": total.loss}
             if self._data.with_parts[name]:
