@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.support.families import configs, edit_config, edit_tensors, random_model, save_model, tensors_of
-from tpt_megatron.convert.checkpoint_reader import CheckpointReader
+from tpt_megatron.convert.checkpoint_reader import CheckpointReader, read_record
 from tpt_megatron.convert.export import export_checkpoint
 from tpt_megatron.convert.importing import import_model
 from tpt_megatron.errors import ConversionError, MachineError, TptError, UsageError
@@ -160,7 +161,10 @@ def test_a_key_that_is_missing_is_what_transformers_takes_it_for(case: str, key:
 def test_a_key_that_is_missing_where_transformers_has_a_default_like_ours(sources: dict[str, Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(sources["llama"], tmp_path / "source"))
     edit_config(source, "head_dim", "rope_parameters", "tie_word_embeddings", "hidden_act", "initializer_range", "attention_bias", "mlp_bias")
-    import_model(source, tmp_path / "out")
+    model = read_record(import_model(source, tmp_path / "out")).model
+    defaults = transformers.LlamaConfig(hidden_size=model.hidden_size, num_attention_heads=model.num_heads)
+    assert (model.head_size, model.tie_embeddings, model.init_std) == (defaults.head_dim, defaults.tie_word_embeddings, defaults.initializer_range)
+    assert (model.rope_theta, model.rope_scaling) == (10_000.0, None)
 
 
 def test_an_output_in_use_and_a_wrong_type(sources: dict[str, Path], tmp_path: Path) -> None:
