@@ -3,12 +3,13 @@
     python benchmarks/convert.py [--gigabytes 8] [--rounds 3] [--folder DIR]
 
 A Llama-like model in bf16 whose embedding is a ninth of it is written file by file, imported by `tpt convert import` in a process of its own,
-and the checkpoint exported by `tpt convert export` in another. A copy of the model's files, synced to disk as the conversions are, takes turns
-with them. Before each of the three everything is written out and what it reads dropped from the page cache. At the end the exported model is
-compared with the first one, bit by bit.
+and the checkpoint exported by `tpt convert export` in another. Two copies of the model's files, synced to disk as the conversions are, take turns
+with them: a plain one by shutil, and a streamed one that gives page cache back as the conversions do, without which they would have that advantage
+over it. Before each of the four everything is written out and what it reads dropped from the page cache. At the end the exported model is compared
+with the first one, bit by bit.
 
     GB/s       the model's bytes over the seconds of the whole command, start-up included; medians of the rounds
-    of a copy  the copy's seconds over the command's, within a round: median, and the range
+    of a copy  a copy's seconds over the command's, within a round: median, and the range; of the plain one, then of the streamed one
     anonymous  the largest RssAnon, sampled every few milliseconds: memory that the process asked for
     all        the largest VmHWM: with pages of mapped files, which the kernel takes back whenever it needs them, and of libraries
 
@@ -34,12 +35,14 @@ from tpt_megatron.convert.export import plan_shards
 from tpt_megatron.convert.families import FAMILIES
 from tpt_megatron.convert.families.rules import pieces
 from tpt_megatron.convert.hugging_face import CONFIG, INDEX, HuggingFaceTensors, writing, written_config
+from tpt_megatron.convert.streaming import StreamedView, StreamedWriter
 from tpt_megatron.files import sync_tree, write_json
 
 GB = 1e9
 TO_SPARE = 0.5 * GB
 """What a conversion may take beside twice the largest tensor."""
 SHARD_BYTES = 2_000_000_000
+AT_ONCE = 1 << 23
 SAMPLED_EVERY_S = 0.005
 INFINITY = 0x7F80
 """The first bf16, as an integer, that is not finite."""
@@ -82,6 +85,19 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
+def streamed_copy(source: Path, target: Path) -> float:
+    """Copy a folder as conversions read and write, and sync it; return the seconds."""
+    began = time.perf_counter()
+    target.mkdir()
+    buffer = bytearray(AT_ONCE)
+    for path in source.iterdir():
+        with StreamedView(path, 0, path.stat().st_size) as file, StreamedWriter(target / path.name, with_checksum=False) as copied:
+            while count := file.readinto(buffer):
+                copied.write(memoryview(buffer)[:count])
+    sync_tree(target)
+    return time.perf_counter() - began
+
+
 def convert(direction: str, source: Path, target: Path, peaks: dict[str, float]) -> float:
     """Run `tpt convert`; return its seconds, and raise `peaks` (anonymous, all; in bytes) to its memory."""
     began = time.perf_counter()
@@ -117,24 +133,25 @@ def main() -> None:
         total, largest = make_model(model, args.gigabytes)
         bound = 2 * largest + TO_SPARE
         print(f"{total / GB:.2f} GB, largest tensor {largest / GB:.2f} GB, memory's bound {bound / GB:.2f} GB", flush=True)
-        times: dict[str, list[float]] = {"copy": [], "import": [], "export": []}
+        times: dict[str, list[float]] = {"copy": [], "streamed": [], "import": [], "export": []}
         peaks: dict[str, dict[str, float]] = {"import": {}, "export": {}}
         for _ in range(args.rounds):
             for made in (checkpoint, exported):
                 shutil.rmtree(made, ignore_errors=True)
-            forget(model)
-            times["copy"].append(copy(model, copied))
-            shutil.rmtree(copied)
+            for name, kind in (("copy", copy), ("streamed", streamed_copy)):
+                forget(model)
+                times[name].append(kind(model, copied))
+                shutil.rmtree(copied)
             forget(model)
             times["import"].append(convert("import", model, checkpoint, peaks["import"]))
             forget(checkpoint / "iter_0000000")
             times["export"].append(convert("export", checkpoint, exported, peaks["export"]))
             print("  ".join(f"{name} {seconds[-1]:.1f} s" for name, seconds in times.items()), flush=True)
         for name, seconds in times.items():
-            ratios = [whole / mine for whole, mine in zip(times["copy"], seconds, strict=True)]
-            of_copy = f"{statistics.median(ratios):.2f} of a copy ({min(ratios):.2f} to {max(ratios):.2f})"
+            ratios = [[whole / mine for whole, mine in zip(times[kind], seconds, strict=True)] for kind in ("copy", "streamed")]
+            of_copy = ", ".join(f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" for found in ratios)
             memory = f"  anonymous {peaks[name]['RssAnon'] / GB:.2f} GB, all {peaks[name]['VmHWM'] / GB:.2f} GB" if name in peaks else ""
-            print(f"{name:6}  {total / GB / statistics.median(seconds):5.2f} GB/s  {of_copy}{memory}")
+            print(f"{name:8}  {total / GB / statistics.median(seconds):5.2f} GB/s  of a copy {of_copy}{memory}")
         check(model, exported)
 
 
