@@ -189,7 +189,7 @@ def import_(
     verify: Verify = False,
 ) -> None:
     """Import a Hugging Face model as a checkpoint, from which training can start."""
-    _require("torch", "safetensors", extra="train")
+    _require("torch", extra="train")
     _require_for_verification(verify)
     from tpt_megatron.convert.importing import import_model
 
@@ -207,7 +207,7 @@ def export(
     verify: Verify = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder."""
-    _require("torch", "safetensors", extra="train")
+    _require("torch", extra="train")
     _require_for_verification(verify)
     from tpt_megatron.convert.export import export_checkpoint
 

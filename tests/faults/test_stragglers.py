@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.train_runs import preprocess_corpus, write_train_config
 from tpt_megatron.config.watching import StragglerConfig
 from tpt_megatron.errors import MachineError
 from tpt_megatron.train.stragglers import Stragglers
@@ -23,27 +23,11 @@ def test_without_the_extension_it_is_refused_with_what_to_install(monkeypatch: p
     assert Stragglers(None).compare(1) == {}
 
 
-def write_config(folder: Path) -> Path:
-    thoughts = [{"text": f"document {i} says {i % 7}", "thoughts": [{"text": f"{i} mod 7 is {i % 7}", "generator": "g"}]} for i in range(400)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in thoughts))
-    (folder / "preprocess.yaml").write_text(f"input: {folder}/documents.jsonl\noutput: {folder}/data\ntokenizer: byte\narms: [append]\n")
-    subprocess.run([sys.executable, "-m", "tpt_megatron.cli", "preprocess", str(folder / "preprocess.yaml")], check=True, capture_output=True)
-    config: dict[str, Any] = {
-        "run_dir": str(folder / "run"),
-        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 80, "num_heads": 4, "num_query_groups": 2},
-        "data": {"train": str(folder / "data/append/train"), "sequence_length": 32},
-        "optimizer": {"learning_rate": 1e-3},
-        "steps": STEPS,
-        "global_batch_sequences": 4,
-        "watch": {"stragglers": {"every_steps": 3, "threshold": 0.5}},
-    }
-    (folder / "train.yaml").write_text(json.dumps(config))  # JSON is YAML
-    return folder / "train.yaml"
-
-
 def test_the_slow_rank_of_two_is_named(tmp_path: Path) -> None:
     pytest.importorskip("nvidia_resiliency_ext")
-    config, slow_rank = write_config(tmp_path), Path(__file__).with_name("slow_rank.py")
+    preprocess_corpus(tmp_path)
+    config = write_train_config(tmp_path, tmp_path, steps=STEPS, watch={"stragglers": {"every_steps": 3, "threshold": 0.5}})
+    slow_rank = Path(__file__).with_name("slow_rank.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(slow_rank), "train", str(config)]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}

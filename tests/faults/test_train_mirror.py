@@ -18,6 +18,7 @@ import s3fs
 from tests.support.metrics import learned
 from tests.support.s3 import Road, s3_server
 from tests.support.tensors import assert_same_tensors
+from tests.support.train_runs import preprocess_corpus, write_train_config
 from tpt_megatron.mirror import Mirror
 from tpt_megatron.storage import locate
 
@@ -46,27 +47,12 @@ def road(s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> Iterator[Roa
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for name, seed in (("datasets", 1), ("other", 2)):
-        texts = [{"text": f"document {i * seed} says {i % 7}", "thoughts": [{"text": f"{i} mod 7 is {i % 7}", "generator": "g"}]} for i in range(400)]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-        (root / f"{name}.yaml").write_text(f"input: {root}/{name}.jsonl\noutput: {root}/{name}\ntokenizer: byte\narms: [append]\n")
-        subprocess.run([sys.executable, "-m", "tpt_megatron.cli", "preprocess", str(root / f"{name}.yaml")], check=True, capture_output=True)
+        preprocess_corpus(root, name, seed)
     return root
 
 
 def write_config(folder: Path, datasets: Path, **checkpoint: Any) -> Path:
-    config = {
-        "run_dir": str(folder / "run"),
-        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 80, "num_heads": 4, "num_query_groups": 2},
-        "data": {"train": str(datasets / "datasets" / "append" / "train"), "sequence_length": 32},
-        "optimizer": {"learning_rate": 1e-3},
-        "steps": STEPS,
-        "global_batch_sequences": 4,
-        "checkpoint": {"every_steps": 4, **checkpoint},
-    }
-    folder.mkdir(exist_ok=True)
-    path = folder / "train.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
-    return path
+    return write_train_config(folder, datasets, steps=STEPS, checkpoint={"every_steps": 4, **checkpoint})
 
 
 def start(config: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:

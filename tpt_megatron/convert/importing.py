@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 import warnings
@@ -28,8 +27,6 @@ from tpt_megatron.convert.streaming import Budget, StreamedWriter
 from tpt_megatron.errors import ConversionError, MachineError, UsageError
 from tpt_megatron.files import FileEntry, remove_stale_neighbours, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EMBEDDING, _OUTPUT = *EMBEDDING.parts, *OUTPUT.parts
