@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import psutil
 import pytest
 import torch
 
+from tests.support.disks import small_disk
 from tests.support.metrics import learned
 from tests.support.ranks import WarmRanks
 from tests.support.tensors import assert_same_tensors
@@ -27,6 +30,7 @@ from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.convert.checkpoint_reader import CheckpointReader, find_checkpoint
 from tpt_megatron.datasets import open_dataset
 from tpt_megatron.sequences.stream import Stream
+from tpt_megatron.train.data import open_run_data
 
 STEPS = 12
 
@@ -344,12 +348,14 @@ def test_spikes_are_skipped_recorded_and_judged_alike_after_a_resume(tmp_path: P
     assert all("times the median of the last" in reason for reason in skipped.values())
     records = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     assert {record["step"]: record["reason"] for record in records} == skipped
+    assert len(records) == len(skipped)
     assert all(any(seen["document"] >= USUAL for seen in record["documents"]) for record in records)
     assert all(f"step {step} is not learned from: {reason}" in ended.stderr for step, reason in skipped.items())
     resumed_at = max(skipped) // 10 * 10
     rewind(tmp_path, resumed_at)
     assert train(config).returncode == 0
     assert learned(tmp_path / "run") == lines
+    assert [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()] == records
 
 
 def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path, datasets: Path, spiky: Path, train: Train) -> None:
@@ -372,6 +378,74 @@ def test_a_run_that_is_lost_goes_back_once_and_on_with_later_data(tmp_path: Path
     assert train(config, f"steps={saved + 1}", "faults.spike_factor=null").returncode == 0
     again = learned(tmp_path / "run")[-1]
     assert (again["step"], again["first_sequence"]) == (saved + 1, 4 * saved + 4 * (first["step"] - back))
+
+
+@pytest.fixture
+def easily_lost(tmp_path: Path, datasets: Path) -> Path:
+    """A config by which, from step 21 on, every other step is a spike, and two in a row are too many; each is followed by a checkpoint."""
+    faults, checkpoint = {"spike_factor": 1.0001, "skips_in_a_row": 2}, {"every_steps": 1, "keep_last": 2}
+    return write_config(tmp_path, datasets, faults=faults, steps=100, checkpoint=checkpoint, optimizer={"learning_rate": 1e-6})
+
+
+def test_a_lost_run_goes_back_to_before_its_lost_steps_also_when_these_were_saved_and_resumed(tmp_path: Path, easily_lost: Path, train: Train) -> None:
+    ended = train(easily_lost)
+    assert ended.returncode == 1, "it was never lost a second time"
+    skipped = [json.loads(line)["step"] for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    first, second = next((one, other) for one, other in pairwise(skipped) if other == one + 1)
+    assert f"back to step {first - 1}, and on with the data after step {second}" in ended.stderr
+    (tmp_path / "again").mkdir()
+    again = train(easily_lost, f"run_dir={tmp_path / 'again'}", f"steps={first}", "watch.log_every_steps=1000")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (tmp_path / "again/checkpoints/latest_checkpointed_iteration.txt").read_text() == f"{first}\n", "it did not stop among the lost steps"
+    again = train(easily_lost, f"run_dir={tmp_path / 'again'}")
+    assert f"back to step {first - 1}, and on with the data after step {second}" in again.stderr
+    assert f"the config is not the last session's: watch.log_every_steps 1000 -> 1, steps {first} -> 100" in again.stderr
+    assert learned(tmp_path / "again") == learned(tmp_path / "run")
+
+
+def test_going_back_does_not_read_a_dataset_more_often_than_it_may(tmp_path: Path, easily_lost: Path, train: Train) -> None:
+    path = load_config(TrainConfig, easily_lost).data.train_paths[0]
+    held = open_run_data(load_config(TrainConfig, easily_lost)).train.stream.sequences_per_epoch(path)
+    just_enough = {"path": path, "max_epochs": 100 * 4 / held + 1e-9}
+    ended = train(easily_lost, f"data.train={json.dumps(just_enough)}")
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    last = ended.stderr.splitlines()[-1]
+    assert re.search(r"with the \d+ sequences that are passed over since the run went back: .*over its max_epochs", last), last
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path: Path, datasets: Path) -> None:
+    config = write_config(tmp_path, datasets, steps=100_000, checkpoint={"every_steps": 5})
+    command = [sys.executable, "-m", "tpt_megatron.cli", "train", str(config)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
+        while not (tmp_path / "run/checkpoints/iter_0000005").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (second.returncode, first.poll()) == (2, None)
+        assert second.stderr == f"tpt: run_dir={tmp_path / 'run'}: another run is at work there; wait for its end, stop it, or give another run_dir\n"
+        first.kill()
+        first.communicate()
+    last = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text())
+    third = subprocess.run([*command, f"steps={last + 1}"], capture_output=True, text=True, check=False)
+    assert third.returncode == 0, third.stderr[-3000:]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_is_full_at_a_save_is_one_line_and_the_checkpoint_before_stands(
+    tmp_path: Path, datasets: Path, unbroken: Path, train: Train, asynchronous: bool
+) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        config = write_config(tmp_path, datasets, run_dir=str(disk / "run"), checkpoint={"every_steps": 4, "asynchronous": asynchronous})
+        ended = train(config)
+        assert ended.returncode == 1
+        assert "Traceback" not in ended.stderr
+        last = ended.stderr.splitlines()[-1]
+        assert f"tpt: {disk / 'run/checkpoints'}" in last
+        assert "MB are free there)" in last or "No space left on device" in last
+        assert (disk / "run/checkpoints/latest_checkpointed_iteration.txt").read_text() == "4\n"
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        assert train(config).returncode == 0
+        assert learned(disk / "run") == learned(unbroken / "run")
 
 
 def test_a_stalled_rank_is_found_and_ends_the_job(tmp_path: Path, datasets: Path) -> None:

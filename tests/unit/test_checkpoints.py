@@ -128,7 +128,7 @@ LOSSES = {2: 3.0, 4: 1.5, 6: 1.5, 8: 2.0}
     ],
 )
 def test_retention(rules: dict[str, int], discarded: list[int]) -> None:
-    assert to_discard(STEPS, LOSSES, CheckpointConfig(**rules)) == discarded
+    assert to_discard(STEPS, LOSSES, CheckpointConfig(every_steps=2, **rules)) == discarded
 
 
 def test_the_best_so_far_survives_whatever_comes_and_the_two_latest_too() -> None:
@@ -150,6 +150,8 @@ def test_the_best_so_far_survives_whatever_comes_and_the_two_latest_too() -> Non
         ({"keep_last": 1}, "keep_last=1 would delete"),
         ({"keep_best": 1}, "keep_best=1 has no effect"),
         ({"keep_every_steps": 100}, "keep_every_steps=100 has no effect"),
+        ({"every_steps": 30, "keep_last": 2, "keep_every_steps": 100}, "keep_every_steps=100 is not a multiple of checkpoint.every_steps=30"),
+        ({"keep_last": 2, "keep_every_steps": 100}, "keep_every_steps=100 is not a multiple of checkpoint.every_steps=0"),
         ({"load": "weights"}, "load_from names no checkpoint"),
     ],
 )

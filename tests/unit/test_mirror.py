@@ -139,7 +139,7 @@ def test_a_disk_that_another_machine_has_left_behind_is_stale(root: Path, there:
 
 
 def test_rules_hold_there_for_all_that_is_there(root: Path, there: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = CheckpointConfig(keep_last=2, keep_every_steps=4, keep_best=1)
+    rules = CheckpointConfig(every_steps=1, keep_last=2, keep_every_steps=4, keep_best=1)
     for step in range(1, 5):
         save(root, step, loss=0.5 if step == 2 else 1.0)
         mirror.follow(rules)

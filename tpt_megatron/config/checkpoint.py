@@ -39,6 +39,11 @@ class CheckpointConfig(Config):
         for name in ("keep_every_steps", "keep_best"):
             if getattr(self, name) and not self.keep_last:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)} has no effect, since checkpoint.keep_last=0 keeps all; set keep_last=2 or more")
+        if self.keep_every_steps and (not self.every_steps or self.keep_every_steps % self.every_steps):
+            raise ValueError(
+                f"checkpoint.keep_every_steps={self.keep_every_steps} is not a multiple of checkpoint.every_steps={self.every_steps}: "
+                "there would be no checkpoints of those steps to keep"
+            )
         if self.load == "weights" and self.load_from is None:
             raise ValueError("checkpoint.load=weights says what to take, but checkpoint.load_from names no checkpoint to take it from")
         return self

@@ -91,6 +91,8 @@ class DataConfig(Config):
                 raise ValueError(f"stages.{number}: every stage but the last has tokens, the last has none: it is the rest of the run")
             if stage.tokens is not None and stage.tokens < self.sequence_length:
                 raise ValueError(f"stages.{number}.tokens={stage.tokens} is less than one sequence of {self.sequence_length}")
+        if self.too_long == "drop" and self.packing == "concatenate":
+            raise ValueError("too_long=drop has no effect with packing=concatenate, which cuts where a sequence ends; set packing=best_fit")
         for stage in self.blends:
             _check_shares(stage.train)
         if self.validation == {} or (isinstance(self.validation, dict) and "" in self.validation):

@@ -39,6 +39,8 @@ class OptimizerConfig(Config):
     def _lengths_are_stated_once(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is larger than learning_rate={self.learning_rate}")
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(f"min_learning_rate={self.min_learning_rate} has no effect with schedule=constant; set cosine, linear or wsd, or leave it out")
         if self.warmup_steps and self.warmup_tokens is not None:
             raise ValueError("warmup_steps and warmup_tokens state the same; give one of them")
         given = [name for name in ("decay_steps", "decay_tokens") if getattr(self, name) is not None]

@@ -53,7 +53,7 @@ class TrainConfig(Config):
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     fp8_parameters: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**32)
     validate_every_steps: int = Field(0, ge=0)
     validation_batches: PositiveInt = 1
 
@@ -71,6 +71,9 @@ class TrainConfig(Config):
         if self.validate_every_steps and self.data.validation is None:
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()
+        profile = self.watch.profile
+        if self.epochs is None and profile is not None and profile.first_step > self.last_step:
+            raise ValueError(f"watch.profile.first_step={profile.first_step} is never reached: the run has {self.last_step} steps")
         if self.epochs is None:
             self.data.check_lengths(self.progress.sequences_before(self.last_step + 1))
         if self.checkpoint.keep_best and isinstance(self.data.validation, dict):

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.datasets import open_dataset, sidecar
-from tpt_megatron.errors import DataError, UsageError
+from tpt_megatron.errors import DataError, RecordError, UsageError
 from tpt_megatron.files import parse_json_line, read_json, read_lines
 from tpt_megatron.inspection.printing import counts_table, one_line, print_line, print_table, table_name
 from tpt_megatron.sequences.stream import Stream
@@ -48,13 +48,17 @@ def print_step(run: Path, step: int, console: Console) -> None:
 
 
 def _first_sequence(run: Path, step: int, config: TrainConfig) -> int:
-    """Return the number of a step's first sequence: as metrics.jsonl has it, since a run that went back goes on with later ones."""
-    path = run / "metrics.jsonl"
+    """Return the number of a step's first sequence. metrics.jsonl tells how many a run that went back had passed over by then, and passes over after."""
+    path, passed_over = run / "metrics.jsonl", 0
     for number, line in read_lines(path) if path.is_file() else ():
-        metrics = parse_json_line(line, f"{path}:{number}")
-        if isinstance(metrics, dict) and metrics.get("step") == step:
-            return int(metrics["first_sequence"])
-    return config.progress.sequences_before(step)
+        try:
+            metrics = parse_json_line(line, f"{path}:{number}")
+        except RecordError:
+            break  # torn by a crash: the last
+        at, first = (metrics.get(key) if isinstance(metrics, dict) else None for key in ("step", "first_sequence"))
+        if isinstance(at, int) and isinstance(first, int) and at <= step:
+            passed_over = first - config.progress.sequences_before(at)
+    return config.progress.sequences_before(step) + passed_over
 
 
 def _read_run(run: Path) -> tuple[TrainConfig, dict[str, Any]]:

@@ -12,6 +12,7 @@ import os
 import pickle
 import queue
 import shutil
+import tempfile
 import time
 import uuid
 import warnings
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -47,8 +48,9 @@ from tpt_megatron.checkpoints import (
     write_checksums,
 )
 from tpt_megatron.errors import CheckpointError, TptError
-from tpt_megatron.files import FileEntry, describe_file, open_atomic, read_json, sync_tree, write_json, write_text
+from tpt_megatron.files import FileEntry, describe_file, read_json, sync_tree, write_json, write_text
 from tpt_megatron.mcore.engine import Engine
+from tpt_megatron.mcore.groups import ask_rank_0
 from tpt_megatron.processes import die_with_parent
 from tpt_megatron.storage import sync_folder
 
@@ -96,8 +98,8 @@ class CheckpointWriter:
         metadata = _metadata()
         self._engine.gather_parameters()
         state = _sharded_state(self._engine, metadata, is_loading=False)
-        results = filesystem_async._results_queue = _WriterResults(temporary, dist.get_rank())
-        with _reported(failed):
+        results = filesystem_async._results_queue = _WriterResults(temporary)
+        with _reported(failed, self._root):
             request = dist_checkpointing.save(
                 state,
                 str(temporary),
@@ -124,7 +126,7 @@ class CheckpointWriter:
 
     def _finalize(self, *, blocking: bool) -> None:
         if self._calls.get_num_unfinalized_calls():
-            with _reported(f"{self._root}: a checkpoint could not be written, those before it are untouched"):
+            with _reported(f"{self._root}: a checkpoint could not be written, those before it are untouched", self._root):
                 self._calls.maybe_finalize_async_calls(blocking=blocking)
 
     def _complete(self, temporary: Path, final: Path, step: int, results: _WriterResults, began: float) -> None:
@@ -147,31 +149,33 @@ class CheckpointWriter:
 
 
 class _WriterResults:
-    """How the writer of one rank tells its trainer what it wrote: in a file, of any length, which needs no third process.
+    """How the writer of one rank tells its trainer what it wrote: in memory that they share, of any length, even where the disk is full.
 
     In the place of megatron-core's queue (filesystem_async.py), which is a process for every rank that imports the main module anew and
     outlives a killed trainer; a pipe would be full before the trainer reads it.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._path = folder, folder / f".writer_{rank}.results"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # macOS has no memory files.
+        self._file: IO[bytes] = open(os.memfd_create("results"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
         self.files: list[FileEntry] = []
         """What was written, once `get_nowait` was called. The writer has just written it: reading it anew costs no disk."""
 
     def put(self, results: dict[int, list[Any]] | Exception) -> None:
         """Tell what was written, or why it was not. Called by the writer, once."""
         names = set() if isinstance(results, Exception) else {result.storage_data.relative_path for part in results.values() for result in part}
-        with open_atomic(self._path) as file:
-            pickle.dump((results, [describe_file(self._folder / name) for name in sorted(names)]), file)
+        pickle.dump((results, [describe_file(self._folder / name) for name in sorted(names)]), self._file)
+        self._file.flush()
 
     def get_nowait(self) -> dict[int, list[Any]] | Exception:
         """Return what the writer told; queue.Empty when it died before."""
-        try:
-            with open(self._path, "rb") as file:
+        with self._file as file:
+            file.seek(0)
+            try:
                 results, self.files = pickle.load(file)
-        except FileNotFoundError:
-            raise queue.Empty from None
-        self._path.unlink()
+            except (EOFError, pickle.UnpicklingError):
+                raise queue.Empty from None
         return results  # type: ignore[no-any-return]
 
 
@@ -270,29 +274,29 @@ def _checksums(folder: Path, way_out: str) -> list[FileEntry] | None:
 
 def _on_rank_0(failed: str, call: Callable[[], None]) -> None:
     """Have rank 0 do something, and every rank know when it did not work: `failed` begins the error's line."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
+
+    def ask() -> None:
         try:
             call()
-        except OSError as error:
-            problem = [f"{failed} ({error.strerror or error})"]
-        except TptError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(f"{problem[0]}; make room or mend it, then run the same command again to continue from the last complete checkpoint")
+        except (OSError, TptError) as error:
+            said = f"{failed} ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+            raise CheckpointError(f"{said}; make room or mend it, then run the same command again to continue from the last complete checkpoint") from error
+
+    ask_rank_0(ask)
 
 
 @contextmanager
-def _reported(failed: str) -> Iterator[None]:
-    """Turn torch's gathered failures of ranks into one line, and keep its notes on its own deprecated calls to itself."""
+def _reported(failed: str, disk: Path) -> Iterator[None]:
+    """Turn torch's gathered failures of ranks into one line, and keep its notes on its own deprecated calls to itself. disk: where it writes to."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except CheckpointException as error:
         causes = [str(failure[0]) for failure in error.failures.values()] or ["see the first rank's error"]
-        raise CheckpointError(f"{failed} ({causes[0]}); run the same command again to continue from the last complete checkpoint") from error
+        # Of a full disk torch's own writer says no more than that it is at another byte than it thought.
+        free = f"{shutil.disk_usage(disk).free / 1e6:,.1f} MB are free there"
+        raise CheckpointError(f"{failed} ({causes[0]}; {free}); run the same command again to continue from the last complete checkpoint") from error
 
 
 def _sharded_state(engine: Engine, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:

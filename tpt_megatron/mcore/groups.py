@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from tpt_megatron.config.parallel import ParallelConfig
-from tpt_megatron.errors import ConfigError
+from tpt_megatron.errors import ConfigError, TptError
 from tpt_megatron.processes import die_with_parent
 
 
@@ -117,3 +118,18 @@ def from_rank_0(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def ask_rank_0(question: Callable[[], T]) -> T:
+    """Have rank 0 alone call `question`, and return its answer, or raise its TptError or OSError, on every rank; every rank must ask at the same point."""
+    answer: T | None = None
+    problem: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer = question()
+        except (TptError, OSError) as error:
+            problem = error
+    answer, problem = from_rank_0((answer, problem))
+    if problem is not None:
+        raise problem
+    return answer  # type: ignore[return-value]

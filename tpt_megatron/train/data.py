@@ -117,6 +117,15 @@ class RunData:
     """Of each validation set, whether its tokens' parts are known."""
     kinds: Kinds
 
+    def check_passed_over(self, sequences: int) -> None:
+        """Raise ConfigError where a run that passes over so many sequences reads beyond its token budgets or max_epochs."""
+        reads = self.config.progress.sequences_before(self.config.last_step + 1) + sequences
+        try:
+            self.config.data.check_lengths(reads)
+            self.train.stream.check_epochs(reads)
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"with the {sequences} sequences that are passed over since the run went back: {error}") from None
+
     @property
     def has_parts(self) -> bool:
         """Say whether any training dataset tells what its tokens are."""

@@ -11,6 +11,8 @@ from tpt_megatron.config.model import ModelConfig
 
 PEAK_TFLOPS = {  # dense, by precision: NVIDIA's data sheets
     "H100 PCIe": {"bf16": 756.0, "fp8": 1513.0},
+    "H100 NVL": {"bf16": 835.5, "fp8": 1670.5},
+    "H200 NVL": {"bf16": 835.5, "fp8": 1670.5},
     "H100": {"bf16": 989.4, "fp8": 1978.9},
     "H200": {"bf16": 989.4, "fp8": 1978.9},
     "A100": {"bf16": 312.0},

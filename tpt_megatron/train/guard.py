@@ -15,12 +15,12 @@ FEWEST_NORMS = 20
 
 
 class StepGuard:
-    """Judges each step before anything is changed. Its memory, `norms`, belongs into a checkpoint: a resumed run must judge alike."""
+    """Judges each step before anything is changed. Its memory, `norms` and `skips_in_a_row`, belongs into a checkpoint: a resumed run must judge alike."""
 
-    def __init__(self, config: FaultConfig, norms: Sequence[float] = ()) -> None:
+    def __init__(self, config: FaultConfig, norms: Sequence[float] = (), skips_in_a_row: int = 0) -> None:
         self._config = config
         self._norms = deque(norms, NORMS_KEPT)
-        self.skips_in_a_row = 0
+        self.skips_in_a_row = skips_in_a_row
         self.reason: str | None = None
         """Why the last step was refused; None when it was not."""
 

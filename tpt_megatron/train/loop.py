@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -21,9 +21,10 @@ from tpt_megatron.log import Bar, progress_bar
 from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 from tpt_megatron.mcore.model import count_parameters
-from tpt_megatron.train.data import Batches, open_run_data, step_batches
+from tpt_megatron.train.data import Batches, RunData, open_run_data, step_batches
 from tpt_megatron.train.guard import StepGuard
-from tpt_megatron.train.metrics import MetricsFile, Speed, git_revision, versions
+from tpt_megatron.train.lock import alone_in
+from tpt_megatron.train.metrics import MetricsFile, Speed, cut_after, git_revision, versions
 from tpt_megatron.train.profiler import StepProfiler
 from tpt_megatron.train.saving import Position, Saving, arm_of
 from tpt_megatron.train.schedule import learning_rate
@@ -44,7 +45,10 @@ def run_train(config: TrainConfig) -> None:
     """
     layout = groups.join(config.parallel)
     try:
-        Run(config, layout).train()
+        _check_batch(config, layout)
+        data = open_run_data(config)
+        with alone_in(config.run_dir):
+            Run(config, layout, data).train()
     finally:
         groups.leave()
 
@@ -52,10 +56,8 @@ def run_train(config: TrainConfig) -> None:
 class Run:
     """One run on one rank: config, data and engine, and the order in which things happen to them."""
 
-    def __init__(self, config: TrainConfig, layout: groups.Layout) -> None:
-        self._layout = layout
-        _check_batch(config, layout)
-        self._data = open_run_data(config)
+    def __init__(self, config: TrainConfig, layout: groups.Layout, data: RunData) -> None:
+        self._layout, self._data = layout, data
         self._epochs = config.epochs
         self._config = _resolve_vocabulary(self._data.config, self._data.opened)
         self._stragglers = Stragglers(config.watch.stragglers)
@@ -78,7 +80,7 @@ class Run:
             self._saving.wait_for_mirror(lambda: None)
             return
         rank_0 = layout.rank == 0
-        description = self._describe_run() if rank_0 else {}
+        description = groups.ask_rank_0(self._begin_records)
         with ExitStack() as stack:
             stack.callback(self._saving.close)
             stack.enter_context(self._stragglers)
@@ -102,7 +104,7 @@ class Run:
                 trackers.write(line)
                 self._say(line, bar)
                 if self._guard.is_lost:
-                    self._go_back(metrics, bar)
+                    self._go_back(metrics, trackers, bar)
                     continue
                 stopping = groups.any_rank(stop.asked)
                 if stopping or step == config.last_step or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
@@ -153,31 +155,34 @@ class Run:
         return self._config.progress.sequences_before(step) + self._position.passed_over
 
     def _continue_from(self, position: Position) -> None:
+        if position.passed_over:
+            self._data.check_passed_over(position.passed_over)
         self._position = position
-        self._guard = StepGuard(self._config.faults, position.norms)
+        self._guard = StepGuard(self._config.faults, position.norms, position.skips_in_a_row)
 
     def _save(self, line: Mapping[str, Any]) -> None:
         began = time.perf_counter()
-        self._position.norms = self._guard.norms
+        self._position.norms, self._position.skips_in_a_row = self._guard.norms, self._guard.skips_in_a_row
         self._saving.save(self._position, line.get("validation_loss"))
         self._saved_in_s = time.perf_counter() - began
 
-    def _go_back(self, metrics: MetricsFile, bar: Bar) -> None:
-        """Go back to the last checkpoint, and on from there with the data that comes after what was not learned from. DataError where that is not allowed."""
+    def _go_back(self, metrics: MetricsFile, trackers: Trackers, bar: Bar) -> None:
+        """Go back to the last checkpoint of before, and on with the data that comes after what was not learned from. DataError where that is not allowed."""
         lost, config = self._position, self._config
         reason = f"{config.run_dir}: step {lost.step}, the last of {self._guard.skips_in_a_row} in a row, has {self._guard.reason}"
         advice = "lower optimizer.learning_rate, or look at the documents in skipped.jsonl; the last checkpoint is untouched"
         if self._rollbacks >= config.faults.rollbacks:
             after = f" after {self._rollbacks} rollback(s)" if self._rollbacks else ""
             raise DataError(f"{reason}{after}; {advice}")
+        if not lost.sound:
+            raise DataError(f"{reason}, and there is no checkpoint of before to go back to; {advice}")
         self._saving.wait()
-        back = self._saving.resume()
-        if not back.step:
-            raise DataError(f"{reason}, and there is no checkpoint to go back to; {advice}")
+        back = self._saving.go_back(lost.sound)
         self._rollbacks += 1
         back.passed_over = self._first_sequence(lost.step + 1) - config.progress.sequences_before(back.step + 1)
         self._continue_from(back)
         metrics.take_back(back.step)
+        trackers.take_back(back.step)
         bar.advance(back.step - lost.step)
         log.warning("%s: back to step %d, and on with the data after step %d", reason, back.step, lost.step)
 
@@ -231,30 +236,44 @@ class Run:
             losses |= {f"{key}/{name}" if name else key: value for key, value in found.items()}
         return losses
 
-    def _describe_run(self) -> dict[str, Any]:
-        """Write run.json, and return what is in it: how this run is made. A later session of the same run is added to the list."""
-        path = self._config.run_dir / "run.json"
+    def _begin_records(self) -> dict[str, Any]:
+        """Take back what skipped.jsonl has of steps that come again; write run.json, to which each session of a run is added, and return what is in it."""
+        config, path, skipped = self._config, self._config.run_dir / "run.json", self._config.run_dir / SKIPPED
+        if skipped.exists():
+            cut_after(skipped, self._position.step)
         described = read_json(path) if path.exists() else {"sessions": []}
         if not isinstance(described, dict) or not isinstance(described.get("sessions"), list):
             raise DataError(f"{path}: not a run's description; it was damaged, move it away")
-        sessions = described["sessions"]
-        session = {
+        session: dict[str, Any] = {
+            "first_step": self._position.step + 1,
+            "config": config.model_dump(mode="json"),
             "world_size": self._layout.world_size,
             "versions": versions(),
             "git_revision": git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
+        if described["sessions"] and (changes := list(_changes(described.get("config", {}), session["config"]))):
+            log.warning("%s: the config is not the last session's: %s", config.run_dir, ", ".join(changes))
         description = {
             "arm": arm_of(self._data.datasets),
-            "config": self._config.model_dump(mode="json"),
+            "config": session["config"],
             **({} if self._epochs is None else {"epochs": self._epochs}),
-            "parameters": count_parameters(self._config.model),
+            "parameters": count_parameters(config.model),
             "data": {path: dataset.details for path, dataset in self._data.datasets.items()},
             "sequences": self._data.train.stream.fingerprint(),
-            "sessions": [*sessions, session],
+            "sessions": [*described["sessions"], session],
         }
         write_json(path, description)
         return description
+
+
+def _changes(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """Say which values of a config are others than before."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name in {**before, **after}:
+            yield from _changes(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+    elif before != after:
+        yield f"{key} {orjson.dumps(before).decode()} -> {orjson.dumps(after).decode()}"
 
 
 def _resolve_vocabulary(config: TrainConfig, datasets: Mapping[str, TokenDataset]) -> TrainConfig:

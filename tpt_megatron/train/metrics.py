@@ -40,15 +40,16 @@ class MetricsFile:
         if self._file is not None:
             self._file.close()
         if self._path.exists():
-            _cut_after(self._path, last_step)
+            cut_after(self._path, last_step)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; a value that is not finite is written as a string, since JSON has no NaN."""
         if self._file is None:
             return
-        line = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()}
-        self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        line = orjson.dumps(_readable(metrics), option=orjson.OPT_APPEND_NEWLINE)
+        while line:  # a disk that is nearly full takes a part, and says so the next time only
+            line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Flush the lines to disk, so that no checkpoint outlives the metrics before it."""
@@ -86,17 +87,28 @@ class Speed:
         return speed | {"memory_gb": memory_bytes() / 1e9}
 
 
-def _cut_after(path: Path, first_step: int) -> None:
-    """Keep the lines of the steps 1 to first_step; a line torn by a crash can only be the last."""
+def _readable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _readable(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def cut_after(path: Path, last_step: int) -> None:
+    """Keep the lines of the steps 1 to last_step; a line torn by a crash can only be the last. DataError for another that is no step's."""
     kept: list[str] = []
+    torn: RecordError | None = None
     for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        if torn is not None:
+            raise DataError(f"{torn}, and lines follow: the file is damaged; mend that line, or move the file away")
         try:
-            metrics = parse_json_line(line, f"{path}:{number}")
-        except RecordError:
-            break
+            metrics = parse_json_line(line, where)
+        except RecordError as error:
+            torn = error
+            continue
         if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
-            raise DataError(f"{path}:{number}: not a line of metrics; the file is damaged, move it away")
-        if metrics["step"] <= first_step:
+            raise DataError(f"{where}: not a step's line; the file is damaged, move it away")
+        if metrics["step"] <= last_step:
             kept.append(line.decode())
     write_text(path, "".join(f"{line}\n" for line in kept))
 

@@ -15,6 +15,7 @@ from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.datasets import TokenDataset, sidecar
 from tpt_megatron.errors import CheckpointError
 from tpt_megatron.files import open_atomic, read_json
+from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.checkpoint import CheckpointWriter, load_checkpoint, read_description
 from tpt_megatron.mcore.engine import Engine
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON
@@ -28,14 +29,18 @@ log = logging.getLogger(__name__)
 class Position:
     """How far a run is: what, beside model and optimizer, a checkpoint must know.
 
-    passed_over  sequences that are not read, since the run went back and on with later ones
-    norms        what `StepGuard` remembers
+    passed_over     sequences that are not read, since the run went back and on with later ones
+    norms           what `StepGuard` remembers, and
+    skips_in_a_row  how many steps before this one were not learned from
+    sound           the step of the last checkpoint that was not saved among such steps, 0 for none: where a run that is lost goes back to
     """
 
     step: int = 0
     tokens_seen: int = 0
     passed_over: int = 0
     norms: list[float] = field(default_factory=list)
+    skips_in_a_row: int = 0
+    sound: int = 0
 
 
 class Saving:
@@ -64,7 +69,7 @@ class Saving:
 
     def resume(self) -> Position:
         """Load what there is to continue from, and return where that is."""
-        step = latest_step(self._checkpoints)
+        step = groups.ask_rank_0(lambda: latest_step(self._checkpoints))
         if self._rank == 0:  # an earlier start of this run may have loaded another model and saved nothing
             shutil.rmtree(self._imported, ignore_errors=True)
         if step is None:
@@ -72,18 +77,29 @@ class Saving:
             if chosen.load_from is not None:
                 self._load(self._fetched(chosen.load_from), weights_only=chosen.load == "weights")
             return Position()
+        log.info("%s: continuing after step %d", self._config.run_dir, step)
+        return self.go_back(step)
+
+    def go_back(self, step: int) -> Position:
+        """Load the checkpoint of this run after `step`, and return where that is."""
         folder = iteration_folder(self._checkpoints, step)
         description = self._load(folder)
         if description["step"] != step:
             raise CheckpointError(f"{folder}: it says it holds step {description['step']}, not {step}; {way_out(folder, resuming=True)}")
-        log.info("%s: continuing after step %d", self._config.run_dir, step)
-        return Position(step, int(description["tokens_seen"]), int(description.get("passed_over", 0)), list(description.get("gradient_norms", [])))
+        return Position(
+            step,
+            int(description["tokens_seen"]),
+            int(description.get("passed_over", 0)),
+            list(description.get("gradient_norms", [])),
+            int(description.get("skips_in_a_row", 0)),
+            int(description.get("sound", step)),
+        )
 
     def _fetched(self, load_from: str) -> Path:
         """Return the folder of checkpoint.load_from: a copy under run_dir, verified, of one that a URL names."""
         if "://" not in load_from:
             folder = Path(load_from)
-            latest = latest_step(folder)  # of a folder of checkpoints, as `tpt convert import` makes one
+            latest = groups.ask_rank_0(lambda: latest_step(folder))  # of a folder of checkpoints, as `tpt convert import` makes one
             return folder if latest is None else iteration_folder(folder, latest)
         folder = self._config.run_dir / "load_from" / load_from.rstrip("/").rsplit("/", 1)[-1]
         ask(self._rank, "copy", load_from, str(folder))
@@ -133,6 +149,8 @@ class Saving:
     def save(self, position: Position, validation_loss: float | None) -> None:
         """Write a checkpoint of what the engine holds, and make it the latest: now, or behind training's back."""
         config, datasets = self._config, self._data.datasets
+        if not position.skips_in_a_row:
+            position.sound = position.step
         path, details = next(((path, dataset.details) for path, dataset in datasets.items() if dataset.details is not None), ("", None))
         keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
         tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
@@ -143,6 +161,8 @@ class Saving:
                 "tokens_seen": position.tokens_seen,
                 "passed_over": position.passed_over,
                 "gradient_norms": position.norms,
+                "skips_in_a_row": position.skips_in_a_row,
+                "sound": position.sound,
                 "validation_loss": validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None,
                 "model": config.model.model_dump(mode="json"),
                 "sequence_length": config.data.sequence_length,
@@ -193,7 +213,10 @@ class Saving:
         if not rules.keep_last:
             return
         steps = [step for step in finished_steps(self._checkpoints) if step <= latest]
+        sound = read_json(iteration_folder(self._checkpoints, latest) / DESCRIPTION)["sound"]
         for step in to_discard(steps, self._validation_losses(steps) if rules.keep_best else {}, rules):
+            if step == sound:
+                continue
             folder = iteration_folder(self._checkpoints, step)
             discard(folder)
             log.info("%s: deleted, it need not be kept", folder)

@@ -57,6 +57,7 @@ def test_a_stage_that_the_run_does_not_reach_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
+        ({"train": "a", "too_long": "drop"}, "too_long=drop has no effect with packing=concatenate"),
         ({}, "key 'data.train' is missing, or data.stages in its place"),
         ({"train": "a", "stages": [{"train": "a"}]}, "give one of train and stages"),
         ({"train": [ONE, ONE]}, "a is named 2 times in one blend"),

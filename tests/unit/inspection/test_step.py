@@ -59,6 +59,17 @@ def test_the_tokens_of_the_documents_shown_are_those_that_the_step_reads(run: Pa
         assert read[:-1] == row.tolist()
 
 
+def test_a_run_that_went_back_shows_what_it_reads_then_and_after(run: Path) -> None:
+    plain = shown(run, 3), shown(run, 7)
+    lines = [{"step": 2, "first_sequence": 4}, {"step": 3, "first_sequence": 8 + 4 * 4}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "fir')  # torn by a crash
+    assert shown(run, 2).startswith("step 2: sequences 4 to 7")
+    assert shown(run, 3).split("\n", 1)[1] == plain[1].split("\n", 1)[1]
+    assert shown(run, 5).startswith("step 5: sequences 32 to 35")
+    (run / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert shown(run, 3) == plain[0]
+
+
 def test_what_is_no_step_of_a_run_or_no_longer_its_data_is_refused(run: Path, tmp_path: Path) -> None:
     for step in (0, 51):
         with pytest.raises(UsageError, match="has the steps 1 to 50"):

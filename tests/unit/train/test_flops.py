@@ -26,5 +26,6 @@ def test_of_a_mixture_the_experts_that_are_asked_count() -> None:
 def test_chips_are_known_by_their_names() -> None:
     assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == 989.4
     assert peak_tflops("NVIDIA H100 PCIe", "fp8") == 1513.0
+    assert peak_tflops("NVIDIA H100 NVL", "bf16") == 835.5
     assert peak_tflops("NVIDIA A100-SXM4-80GB", "fp8") is None
     assert peak_tflops("cpu", "fp32") is None

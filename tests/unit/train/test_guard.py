@@ -39,6 +39,14 @@ def test_a_resumed_guard_judges_as_the_first_would_have() -> None:
     assert [resumed.accept(1.0, norm) for norm in norms] == [first.accept(1.0, norm) for norm in norms] == [True, True, False, False, True]
 
 
+def test_a_resumed_guard_goes_on_counting_in_a_row() -> None:
+    first = StepGuard(FaultConfig(skips_in_a_row=2))
+    first.accept(math.nan, 1.0)
+    resumed = StepGuard(FaultConfig(skips_in_a_row=2), first.norms, first.skips_in_a_row)
+    resumed.accept(math.nan, 1.0)
+    assert resumed.is_lost
+
+
 def test_without_a_factor_nothing_is_kept() -> None:
     guard = StepGuard(FaultConfig())
     assert guard.accept(1.0, 1.0)

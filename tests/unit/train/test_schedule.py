@@ -97,6 +97,8 @@ def test_tokens_say_what_steps_say() -> None:
         ({"warmup_tokens": 480}, {}, "optimizer.warmup_tokens=480, 12 step(s), must be fewer than steps=12"),
         ({"schedule": "wsd", "warmup_steps": 9, "decay_steps": 4}, {}, "are together more than steps=12"),
         ({"min_learning_rate": 2}, {}, "min_learning_rate=2.0 is larger than learning_rate=1.0"),
+        ({"min_learning_rate": 0.1}, {}, "min_learning_rate=0.1 has no effect with schedule=constant"),
+        ({}, {"watch": {"profile": {"first_step": 13}}}, "watch.profile.first_step=13 is never reached: the run has 12 steps"),
         ({}, {"tokens": 480}, "steps and tokens state the same; give one of them"),
         ({}, {"steps": None}, "give steps, tokens or epochs"),
         ({}, {"batch_ramp": {"start_sequences": 1, "increment_sequences": 2, "tokens": 100}}, "batch_ramp from 1 by 2 does not reach global_batch_sequences=4"),
