@@ -225,18 +225,31 @@ def _row_group_ends(file: pq.ParquetFile) -> list[int]:
 def _python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     """Yield each row's values, or, for a row that Python cannot hold (no UTF-8, a date out of range), what is wrong with it."""
     unreadable = (ValueError, OverflowError, pa.ArrowException)  # a UnicodeDecodeError is a ValueError
+    # Python's times have no nanoseconds. pyarrow gives pandas' own where that is installed, which are no values of a record.
+    schema = pa.schema([field.with_type(_in_microseconds(field.type)) for field in batch.schema])
     try:
-        rows = batch.to_pylist()
+        rows = batch.cast(schema).to_pylist()
     except unreadable:
         for i in range(batch.num_rows):
             try:
-                yield from batch.slice(i, 1).to_pylist()
+                yield from batch.take([i]).cast(schema).to_pylist()  # a slice would have the lists of all rows cast
             except UnicodeDecodeError as error:
                 yield f"not valid UTF-8 at byte {error.start}"
             except unreadable as error:
                 yield f"a value cannot be read: {' '.join(str(error).split())}"
     else:
         yield from rows
+
+
+def _in_microseconds(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the same values with times in microseconds, inside of lists and structures, too."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_in_microseconds(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_in_microseconds(kind.value_type))
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    return pa.duration("us") if pa.types.is_duration(kind) and kind.unit == "ns" else kind
 
 
 def _row(where: str, values: dict[str, Any] | str, ours: bool, longest: int | None) -> Row:
