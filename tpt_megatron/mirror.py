@@ -273,11 +273,15 @@ def _answer(task: str, *arguments: str) -> dict[str, Any]:
     check MIRROR ROOT         whether checkpoints can be kept there, and which is to be fetched: `fetch`, with its `description`
     fetch MIRROR ROOT STEP    that one
     follow MIRROR ROOT RULES  upload and remove what differs
-    copy SOURCE FOLDER        any checkpoint, complete, to a folder
+    copy SOURCE ROOT          any checkpoint, complete, to a folder of its name in ROOT: `folder`. SOURCE may be a folder of checkpoints: its latest
     """
     if task == "copy":
-        fetch_checkpoint(locate(arguments[0]), Path(arguments[1]))
-        return {}
+        source = locate(arguments[0])
+        latest = latest_step(source)
+        source = source if latest is None else source / iteration_folder(Path(), latest).name
+        folder = Path(arguments[1]) / source.name
+        fetch_checkpoint(source, folder)
+        return {"folder": str(folder)}
     mirror = Mirror(locate(arguments[0]), Path(arguments[1]))
     if task == "check":
         mirror.check()

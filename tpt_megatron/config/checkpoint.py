@@ -19,7 +19,7 @@ class CheckpointConfig(Config):
     keep_best         besides, so many with the lowest validation_loss
     mirror            where every checkpoint is copied to behind training's back, and fetched from on a machine that has none: a folder or a URL
                       of object storage, such as s3://bucket/runs/append
-    load_from         an iter_ folder that a new run starts from, or the URL of one
+    load_from         an iter_ folder that a new run starts from, or a folder of these, of which it is the latest; or the URL of either
     load              what is taken from it: the weights, with a fresh optimizer, or the optimizer's state too
     """
 

@@ -101,9 +101,7 @@ class Saving:
             folder = Path(load_from)
             latest = groups.ask_rank_0(lambda: latest_step(folder))  # of a folder of checkpoints, as `tpt convert import` makes one
             return folder if latest is None else iteration_folder(folder, latest)
-        folder = self._config.run_dir / "load_from" / load_from.rstrip("/").rsplit("/", 1)[-1]
-        ask(self._rank, "copy", load_from, str(folder))
-        return folder
+        return Path(ask(self._rank, "copy", load_from, str(self._config.run_dir / "load_from"))["folder"])
 
     def _load(self, folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
         resuming = folder.parent == self._checkpoints
