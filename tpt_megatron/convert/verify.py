@@ -138,7 +138,10 @@ def _tokens(folder: Path, vocabulary: int) -> torch.Tensor:
 def _transformers_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True).eval()
+    from tpt_megatron.quiet import quiet_transformers
+
+    with quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))  # a conversion to fewer bits is held against itself, computed in fp32

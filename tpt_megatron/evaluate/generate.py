@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 import transformers
 
 from tpt_megatron.errors import DataError
+from tpt_megatron.quiet import quiet_transformers
 
 log = logging.getLogger(__name__)
 
@@ -24,22 +23,6 @@ class Continuation:
 
     text: str
     new_tokens: int
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' notes, warnings and bars from the user: what matters of them is checked here."""
-    verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 class Generator:
@@ -53,7 +36,7 @@ class Generator:
             why = "evaluation reads no SentencePiece tokenizers yet" if (folder / "tokenizer.model").is_file() else "the run's dataset had no tokenizer"
             raise DataError(f"{folder}: has no tokenizer.json, so prompts cannot be read; {why}")
         try:
-            with _quiet():
+            with quiet_transformers():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                     folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
@@ -99,7 +82,7 @@ class Generator:
         greedy = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=list(self._eos_ids) or None
         )
-        with _quiet(), torch.inference_mode():
+        with quiet_transformers(), torch.inference_mode():
             output_bs = self._model.generate(input_ids=input_bs, attention_mask=mask_bs, generation_config=greedy)
         return [self._until_end(row) for row in output_bs[:, width:].tolist()]
 

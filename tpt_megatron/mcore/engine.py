@@ -118,7 +118,6 @@ class Engine:
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             part.init_state_fn(part.optimizer, part.config)  # else a checkpoint cannot be saved before the first step
         core.finalize_model_grads_func = finalize_model_grads
-        core.grad_scale_func = self.optimizer.scale_loss
         if parallel.overlap_grad_reduce:
             core.no_sync_func = [chunk.no_sync for chunk in self.model] if len(self.model) > 1 else self.model[0].no_sync
         self._weight_scale = 1.0

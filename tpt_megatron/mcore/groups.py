@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,9 +98,10 @@ def _store_of_this_attempt() -> Store:
 
 
 def leave() -> None:
-    """Leave the job: take the process groups down."""
+    """Leave the job: take the process groups down, with the sockets that what is left of an engine would hold."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    gc.collect()
 
 
 def any_rank(flag: bool) -> bool:

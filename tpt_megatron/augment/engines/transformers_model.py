@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from tpt_megatron.config.augment import Sampling
 from tpt_megatron.errors import ConfigError, DataError, MachineError
+from tpt_megatron.quiet import quiet_transformers
 
 _DTYPES: dict[str, Any] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,20 +29,6 @@ class Continuation:
     stop_reason: str | None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep notes and bars of loading from the user: what matters of them is checked here."""
-    verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
 class ChatModel:
     """A model folder, loaded. Its generation_config.json says which tokens end a turn; how to sample is the caller's."""
 
@@ -50,7 +36,7 @@ class ChatModel:
         """Load. DataError when the folder is incomplete or damaged, ConfigError without a chat template, MachineError for a device that is not there."""
         self.device = _device(device)
         try:
-            with _quiet():
+            with quiet_transformers():
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                     folder, dtype=_DTYPES[dtype], local_files_only=True, output_loading_info=True
