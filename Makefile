@@ -17,7 +17,7 @@ help: ## list what can be made
 		"nvidia-resiliency-ext; sys_platform == 'linux' and python_version < '3.13'"
 	touch $@
 
-demo: .venv/ready ## the whole road, small, on this machine: ends in demo-output/report/report.html
+demo: .venv/ready ## the whole road, small, on this machine: ends in demo-output/report-tokens/report.html
 	$(BIN)/tpt demo --output demo-output
 
 test: lint types imports .venv/ready ## linters, types, import rules, and every test that needs no GPU

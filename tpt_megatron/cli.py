@@ -263,20 +263,44 @@ def compare(
     print(f"report: {output / 'report.html'}")
 
 
+@app.command(epilog=_keys("experiment"))
+def experiment(
+    config: ConfigName,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say which runs there are and what they take, write their configs and commands.sh, and stop.")] = False,
+) -> None:
+    """Train arms so that they can be compared, a few seeds each: equal training tokens, documents or compute. Run it again to continue."""
+    from tpt_megatron.config.experiment import ExperimentConfig
+    from tpt_megatron.config.load import load_config
+
+    loaded = load_config(ExperimentConfig, config, overrides or ())
+    if not plan:
+        _require("torch", "megatron.core", "psutil", "transformers", "matplotlib", "jinja2", extra="all")
+    from tpt_megatron.experiment.run import carry_out, plan_table, prepare
+
+    planned = prepare(loaded)
+    _print_table(plan_table(loaded, planned))
+    if plan:
+        print(f"{loaded.output}: plan.json, configs/ and commands.sh")
+    else:
+        carry_out(loaded, planned)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demonstration makes.")] = Path("demo-output"),
     steps: Annotated[int, typer.Option(min=20, help="Training steps an arm; fewer make a quicker look that shows less.")] = 1500,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs an arm, each with a seed of its own.")] = 1,
 ) -> None:
     """Go the whole road, small, on this machine: documents, thoughts, two arms, training, export, evaluation, report."""
     _require("torch", "megatron.core", "psutil", "transformers", "matplotlib", "jinja2", extra="all")
     from tpt_megatron.demo.run import run_demo
 
-    run_demo(output, steps)
+    run_demo(output, steps, seeds)
 
 
 @app.command()
-def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train or evaluate")]) -> None:
+def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate or experiment")]) -> None:
     """List a stage's config keys with their types, defaults and meaning."""
     from tpt_megatron.config.load import describe_keys
 
@@ -286,7 +310,7 @@ def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train o
 def _print_table(table: object) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _print_counts(title: str, counts: dict[str, int]) -> None:

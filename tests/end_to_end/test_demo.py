@@ -20,13 +20,14 @@ def test_the_whole_road_ends_in_a_report_and_is_not_walked_twice(tmp_path: Path)
     ended = demo(output)
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert "What this shows." in ended.stderr
-    report = json.loads((output / "report" / "report.json").read_text())
-    page = (output / "report" / "report.html").read_text()
+    report = json.loads((output / "report-tokens" / "report.json").read_text())
+    page = (output / "report-tokens" / "report.html").read_text()
     assert "vanilla" in json.dumps(report)
     for arm in ("vanilla", "append"):
         assert arm in page
-        assert len((output / "runs" / arm / "metrics.jsonl").read_text().splitlines()) == 20
-        assert len(list((output / "runs" / arm / "evaluation").glob("iter_???????.json"))) == 20
+        run = output / "runs" / f"{arm}-{20 * 8 * 256}-seed1"
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 20
+        assert len(list((run / "evaluation").glob("iter_???????.json"))) == 20
         assert (output / "models" / arm / "model.safetensors").is_file()
     assert "<svg" in page
 
