@@ -31,6 +31,8 @@ _FREE = ("max_window_layers", "sliding_window", "output_router_logits")
 """Keys of a config.json whose values change nothing here, windows being off: a source's own stay, also where it has none."""
 _AT_ONCE = 1 << 24
 """Bytes of a tensor that are brought into another type, and written, in one go."""
+_COMPUTED = "rotary_emb.inv_freq"
+"""How the names end of what is computed from the config and no weight: the oldest folders have it, in a type of its own."""
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
@@ -157,7 +159,7 @@ def written_config(
 
 
 class HuggingFaceTensors:
-    """The tensors of a model folder, read one at a time: memory holds what was asked for and no file."""
+    """The weights of a model folder, read one at a time: memory holds what was asked for and no file."""
 
     def __init__(self, folder: Path) -> None:
         """Read the index, and every file's header. ConversionError for a folder without tensors, or with damaged ones."""
@@ -168,6 +170,8 @@ class HuggingFaceTensors:
         for path in self._paths():
             data, header = read_header(path)
             for name, entry in header.items():
+                if name.endswith(_COMPUTED):
+                    continue
                 if entry["dtype"] not in DTYPES:
                     raise ConversionError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
                 begin, end = entry["data_offsets"]

@@ -103,7 +103,7 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
 def _check_tensors(tensors: HuggingFaceTensors, family: Family, model: ModelConfig, table: list[Piece], source: Path) -> None:
     """Compare what is there with what the config asks for, before anything is written."""
     expected: dict[str, Shape] = {name: shape for piece in table for name, shape in piece.parts.items()}
-    found = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    found = dict(tensors.shapes)
     if model.tie_embeddings:  # some folders have it twice
         output = found.pop(_OUTPUT, None)
         # transformers unties them where they differ.

@@ -105,6 +105,18 @@ def test_one_file_without_an_index_is_read_too(tmp_path: Path, sources: Any) -> 
     assert all(same_bits(tensor, after[name]) for name, tensor in tensors_of(sources("qwen3")).items())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_what_is_computed_has_no_say_in_the_type(kind: torch.dtype, tmp_path: Path, sources: Any) -> None:
+    """Llama 2's folders have RoPE's frequencies beside weights of another type."""
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    weights = {name: tensor.half() for name, tensor in tensors_of(source).items()}
+    edit_tensors(source, weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=kind)})
+    export_checkpoint(import_model(source, tmp_path / "checkpoints"), tmp_path / "export")
+    after = tensors_of(tmp_path / "export")
+    assert after.keys() == weights.keys()
+    assert all(same_bits(tensor, after[name]) for name, tensor in weights.items())
+
+
 def test_a_tied_output_layer_may_be_there_as_a_copy_and_as_nothing_else(tmp_path: Path, sources: Any) -> None:
     source = Path(shutil.copytree(sources("qwen2-tied"), tmp_path / "source"))
     embedding = tensors_of(source)["model.embed_tokens.weight"]
