@@ -180,10 +180,10 @@ class HuggingFaceTensors:
 
     def _paths(self) -> list[Path]:
         index, single = self.folder / INDEX, self.folder / SINGLE
-        if not index.is_file():
-            if not single.is_file():
-                raise ConversionError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there; other formats than safetensors are not read")
+        if single.is_file():  # transformers looks for it first: an index beside it may be left over
             return [single]
+        if not index.is_file():
+            raise ConversionError(f"{self.folder}: neither {INDEX} nor {SINGLE} is there; other formats than safetensors are not read")
         try:
             names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
             if missing := [name for name in names if not (self.folder / name).is_file()]:

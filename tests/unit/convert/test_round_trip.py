@@ -105,6 +105,17 @@ def test_one_file_without_an_index_is_read_too(tmp_path: Path, sources: Any) -> 
     assert all(same_bits(tensor, after[name]) for name, tensor in tensors_of(sources("qwen3")).items())
 
 
+def test_of_one_file_and_an_index_the_file_counts_as_in_transformers(tmp_path: Path, sources: Any) -> None:
+    """A model that was saved anew into its folder leaves the old index and its files there."""
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    edit_tensors(source, {"model.norm.weight": torch.full((48,), 3.0)})
+    for path in (*sources("llama").glob("*.safetensors"), sources("llama") / "model.safetensors.index.json"):
+        shutil.copy(path, source)
+    assert transformers.AutoModelForCausalLM.from_pretrained(source).model.norm.weight[0] == 3.0
+    export_checkpoint(import_model(source, tmp_path / "checkpoints"), tmp_path / "export")
+    assert tensors_of(tmp_path / "export")["model.norm.weight"][0] == 3.0
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_what_is_computed_has_no_say_in_the_type(kind: torch.dtype, tmp_path: Path, sources: Any) -> None:
     """Llama 2's folders have RoPE's frequencies beside weights of another type."""
