@@ -90,7 +90,7 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
         return f"hidden_act={config['hidden_act']}"
     if config.get("quantization_config"):
         return "quantization_config"
-    for found in (config, config.get("rope_parameters") or {}):
+    for found in (config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}):
         if found.get("partial_rotary_factor", 1.0) not in (None, 1.0):
             return f"partial_rotary_factor={found['partial_rotary_factor']}"
     if others := {*(config.get("layer_types") or ())} - {"full_attention"}:
@@ -99,11 +99,14 @@ def _refuse(config: Mapping[str, Any]) -> str | None:
 
 
 def _rope(config: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """Return RoPE's base and scaling from rope_theta and rope_scaling (transformers 4), or from rope_parameters (5), which must agree where both are."""
+    """Return RoPE's base and scaling from rope_theta and rope_scaling (transformers 4), or from rope_parameters (5), which must agree where both are.
+
+    transformers 5 takes a base in rope_scaling, too.
+    """
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     if nested := [key for key, value in (new or {}).items() if isinstance(value, dict)]:
         raise ConversionError(f"{path}: rope_parameters of their own for {', '.join(nested)} cannot be expressed here")
-    thetas = {float(theta) for theta in (config.get("rope_theta"), (new or {}).get("rope_theta")) if theta is not None}
+    thetas = {float(found["rope_theta"]) for found in (config, new or {}, old or {}) if found.get("rope_theta") is not None}
     scalings = [_scaling(found, path) for found in (new, old) if found is not None]
     if len(thetas) > 1 or any(other != scalings[0] for other in scalings[1:]):
         raise ConversionError(f"{path}: rope_parameters and rope_theta, rope_scaling say different things; remove the wrong ones")

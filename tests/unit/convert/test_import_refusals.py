@@ -114,6 +114,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}, "llama3 without high_freq_factor, low_freq_factor"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters of their own for full_attention"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 cannot be expressed"),
+        ("llama", {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 cannot be expressed"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 cannot be expressed"),
         ("llama", {"rope_theta": "a"}, "a value is of the wrong kind"),
         ("llama", {"rope_parameters": "a"}, "a value is of the wrong kind"),

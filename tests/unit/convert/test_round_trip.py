@@ -243,6 +243,18 @@ def test_spellings_that_disagree_are_refused(tmp_path: Path, sources: Any) -> No
         import_model(source, tmp_path / "checkpoints")
 
 
+def test_a_base_of_rope_beside_its_scaling_counts(tmp_path: Path, sources: Any) -> None:
+    """transformers 5 takes rope_scaling as its rope_parameters, 4.57 takes the scaling alone."""
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    edit_config(source, "rope_parameters", rope_scaling={"rope_type": "default", "rope_theta": 777.0})
+    assert transformers.AutoConfig.from_pretrained(source).rope_parameters["rope_theta"] == 777.0
+    _, model = model_of(read_config(source), source / "config.json")
+    assert model.rope_theta == 777.0
+    edit_config(source, rope_theta=10_000.0)
+    with pytest.raises(ConversionError, match="say different things"):
+        model_of(read_config(source), source / "config.json")
+
+
 _QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "vocab_size": 151_936, "use_sliding_window": False, "initializer_range": 0.02}
 _LLAMA_3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}
 PUBLISHED = {
