@@ -56,6 +56,9 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
         raise UsageError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}, or none to keep the model's")
     config = read_config(source)
     family, model = model_of(config, source / CONFIG)
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1:
+        raise ConversionError(f"{source / CONFIG}: max_position_embeddings={positions!r}: expected a whole number over 0")
     tensors = HuggingFaceTensors(source)
     table = list(pieces(family.rules_of(model), model))
     _check_tensors(tensors, family, model, table, source)
@@ -71,7 +74,7 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
         "step": 0,
         "tokens_seen": 0,
         "model": model.model_dump(mode="json"),
-        "sequence_length": config.get("max_position_embeddings", 2048),
+        "sequence_length": positions,
         "precision": precision,
         "arm": None,
         "tokenizer": None,

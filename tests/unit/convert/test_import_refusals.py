@@ -123,6 +123,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("llama", {"num_hidden_layers": 0}, "num_layers"),
         ("llama", {"num_attention_heads": 5}, "not divisible"),
         ("llama", {"rms_norm_eps": None}, "norm_epsilon"),
+        ("llama", {"max_position_embeddings": None}, "max_position_embeddings=None: expected a whole number over 0"),
+        ("llama", {"max_position_embeddings": "4k"}, "max_position_embeddings='4k': expected a whole number over 0"),
         ("mistral", {"sliding_window": 4096}, "sliding_window=4096 cannot be expressed"),
         ("qwen2-tied", {"use_sliding_window": True}, "use_sliding_window=true cannot be expressed"),
         ("qwen2-tied", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding_attention cannot be expressed"),
