@@ -86,7 +86,7 @@ def _compare_configs(found: ModelConfig, expected: ModelConfig, folder: Path) ->
     theirs["head_dim"], ours["head_dim"] = found.head_size, expected.head_size
     if expected.experts is not None:  # its MLP's width says nothing then
         theirs["ffn_hidden_size"] = ours["ffn_hidden_size"]
-    for key in theirs.keys() - {"init_std", "embedding_init_std", "vocab_divisor"}:
+    for key in theirs.keys() - {"init_std", "embedding_init_std", "vocab_divisor", "mtp_loss_weight"}:
         if theirs[key] != ours[key]:
             raise ConversionError(f"{folder / CONFIG}: {key} is {theirs[key]}, the checkpoint's is {ours[key]}")
 

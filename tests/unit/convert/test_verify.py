@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -131,6 +132,16 @@ def test_a_config_that_says_something_else_is_named_by_key(
     edit_config(spoilt, *removed, **changes)
     with pytest.raises(ConversionError, match=named):
         verify.verify(checkpoint, spoilt, "hugging_face")
+
+
+def test_what_no_config_json_has_is_not_compared(folders: Folders, tmp_path: Path) -> None:
+    _, checkpoint, export = folders("llama")
+    trained = Path(shutil.copytree(checkpoint, tmp_path / "iter_0000005"))
+    (trained / "checksums.json").unlink()
+    record = json.loads((trained / "tpt.json").read_text())
+    record["model"] |= {"mtp_loss_weight": 0.3, "embedding_init_std": 0.5}
+    (trained / "tpt.json").write_text(json.dumps(record))
+    assert verify.verify(trained, export, "hugging_face").difference < 2e-5
 
 
 def test_a_tensor_too_many_is_named(folders: Folders, tmp_path: Path) -> None:
