@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,9 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
         raise UsageError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}, or none to keep the checkpoint's")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists and is not empty; remove it or name another folder")
+    output = output.resolve()  # a link stays, and what it leads to is made
+    if os.path.ismount(output) or output == Path.cwd():
+        raise UsageError(f"{output}: is a mount point, or the folder that you are in, whose place a finished folder cannot take; name a folder in it")
     folder = find_checkpoint(checkpoint)
     record, reader = read_record(folder), CheckpointReader(folder)
     kept = dtype or record.precision
@@ -62,7 +66,7 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
         with whole_folder(output) as temporary:
             _write_tensors(temporary, reader, record, shards, DTYPES[kept])
             _write_configs(temporary, folder, family, record, DTYPES[kept], source)
-            write_text(temporary / "README.md", model_card(record, folder.name, table))
+            write_text(temporary / "README.md", model_card(record, folder.resolve().name, table))
     except OSError as error:
         raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
     return folder

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,30 @@ def test_output_in_use_and_wrong_dtype_are_refused(run: Path, tmp_path: Path) ->
     assert (tmp_path / "hf" / "mine.txt").read_text() == "keep"
     with pytest.raises(UsageError, match="fp32, bf16, fp16"):
         export_checkpoint(run, tmp_path / "other", "int8")
+
+
+def test_an_output_is_what_its_name_leads_to(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk" / "hf").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "hf")
+    export_checkpoint(run, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "hf" / "model.safetensors").is_file()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for output in (Path(), tmp_path / "empty"):
+        with pytest.raises(UsageError, match="the folder that you are in"):
+            export_checkpoint(run, output)
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "volume"))
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(UsageError, match="a mount point"):
+        export_checkpoint(run, tmp_path / "volume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "empty", "link", "volume"]
+
+
+def test_the_card_names_the_checkpoint_where_the_path_does_not(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints" / "iter_0000100")
+    export_checkpoint(Path(), tmp_path / "hf")
+    assert "checkpoint `iter_0000100`" in (tmp_path / "hf" / "README.md").read_text()
 
 
 LATEST = "checkpoints/latest_checkpointed_iteration.txt"
