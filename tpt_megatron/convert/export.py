@@ -19,7 +19,7 @@ from tpt_megatron.checkpoints import IMPORTED
 from tpt_megatron.convert.checkpoint_reader import CheckpointReader, CheckpointRecord, TokenizerRecord, find_checkpoint, read_record
 from tpt_megatron.convert.families import family_of
 from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape, pieces
-from tpt_megatron.convert.hugging_face import CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
+from tpt_megatron.convert.hugging_face import CONFIG, GENERATION_CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
 from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
 from tpt_megatron.convert.streaming import Budget
 from tpt_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, MachineError, UsageError
@@ -175,14 +175,15 @@ def _write_configs(folder: Path, checkpoint: Path, family: Family, record: Check
     is_sources = source is not None and (record.tokenizer is None or _is_tokenizer(imported, record.tokenizer))
     eod_id = record.tokenizer.eod_id if record.tokenizer and not is_sources else None
     positions = _positions(record, source)
-    write_json(folder / CONFIG, written_config(family, record.model, positions=positions, dtype=dtype, eod_id=eod_id, source=source))
+    config = written_config(family, record.model, positions=positions, dtype=dtype, eod_id=eod_id, source=source)
+    write_json(folder / CONFIG, config)
     if is_sources:
         for name in imported.keys() & {*KEPT_FILES} - {CONFIG}:
             shutil.copyfile(imported[name], folder / name)
     elif record.tokenizer is not None:
         _write_tokenizer(folder, checkpoint, record.tokenizer, record.sequence_length)
-    if not is_sources:
-        write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id, "do_sample": False})
+    if not (folder / GENERATION_CONFIG).is_file():
+        write_json(folder / GENERATION_CONFIG, {"bos_token_id": config.get("bos_token_id"), "eos_token_id": config.get("eos_token_id"), "do_sample": False})
 
 
 def _positions(record: CheckpointRecord, source: dict[str, Any] | None) -> int:

@@ -18,11 +18,11 @@ from tpt_megatron.convert.families.rules import Family, Shape
 from tpt_megatron.convert.streaming import StreamedView, StreamedWriter
 from tpt_megatron.errors import ConversionError
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 KEPT_FILES = (
-    *(CONFIG, "generation_config.json"),
+    *(CONFIG, GENERATION_CONFIG),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )

@@ -186,6 +186,15 @@ def test_what_no_family_has_together_is_said_by_key() -> None:
         assert all(key.removesuffix("s") in str(error.value) for key in changes)
 
 
+def test_generation_config_is_made_where_the_source_has_none(tmp_path: Path, sources: Any) -> None:
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    (source / "generation_config.json").unlink()
+    edit_config(source, eos_token_id=[2, 7])
+    export_checkpoint(import_model(source, tmp_path / "checkpoints"), tmp_path / "export")
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "export")
+    assert (found.bos_token_id, found.eos_token_id) == (1, [2, 7])
+
+
 def test_another_tokenizer_than_the_sources_takes_its_place(tmp_path: Path, sources: Any) -> None:
     """What was trained on another tokenizer's tokens must not be given the source's chat template, nor end where the source did."""
     from tpt_megatron.tokenizer import train_word_tokenizer
