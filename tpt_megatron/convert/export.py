@@ -198,20 +198,16 @@ def _positions(record: CheckpointRecord, source: dict[str, Any] | None) -> int:
 def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: TokenizerRecord, longest: int) -> None:
     """Give the model the tokenizer of the run's data."""
     if (checkpoint / SENTENCEPIECE_MODEL).is_file():
-        shutil.copyfile(checkpoint / SENTENCEPIECE_MODEL, folder / SENTENCEPIECE_MODEL)
-        return
-    source = checkpoint / TOKENIZER_JSON
-    if not source.is_file():
-        raise CheckpointError(f"{source}: no such file, but tpt.json names a tokenizer; the checkpoint is incomplete")
-    shutil.copyfile(source, folder / TOKENIZER_JSON)
+        # The class would put a BOS first, and add one to a vocabulary without. Legacy is what puts a space before a text, as SentencePiece does.
+        name, kind = SENTENCEPIECE_MODEL, {"tokenizer_class": "LlamaTokenizer", "bos_token": tokenizer.end_of_document, "add_bos_token": False, "legacy": True}
+    else:
+        name, kind = TOKENIZER_JSON, {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not (checkpoint / name).is_file():
+        raise CheckpointError(f"{checkpoint / name}: no such file, but tpt.json names a tokenizer; the checkpoint is incomplete")
+    shutil.copyfile(checkpoint / name, folder / name)
     write_json(  # without it transformers 4.57 would put a BOS first
         folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.end_of_document,
-            "model_max_length": longest,
-            "clean_up_tokenization_spaces": False,
-        },
+        {**kind, "eos_token": tokenizer.end_of_document, "model_max_length": longest, "clean_up_tokenization_spaces": False},
     )
 
 

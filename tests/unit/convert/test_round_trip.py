@@ -21,6 +21,7 @@ from tpt_megatron.convert.families import FAMILIES, family_of
 from tpt_megatron.convert.hugging_face import model_of, read_config, written_config
 from tpt_megatron.convert.importing import import_model
 from tpt_megatron.errors import ConversionError
+from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer, train_word_tokenizer
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -186,6 +187,13 @@ def test_what_no_family_has_together_is_said_by_key() -> None:
         assert all(key.removesuffix("s") in str(error.value) for key in changes)
 
 
+def name_tokenizer(checkpoint: Path, made: TokenizerLike) -> None:
+    """Write into a checkpoint which tokenizer made the data that it was trained on."""
+    named = {"fingerprint": made.fingerprint, "end_of_document": made.end_of_document, "eod_id": made.eod_id, "vocabulary_size": made.vocabulary_size}
+    path = checkpoint / "tpt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": named}))
+
+
 def test_generation_config_is_made_where_the_source_has_none(tmp_path: Path, sources: Any) -> None:
     source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
     (source / "generation_config.json").unlink()
@@ -197,13 +205,10 @@ def test_generation_config_is_made_where_the_source_has_none(tmp_path: Path, sou
 
 def test_another_tokenizer_than_the_sources_takes_its_place(tmp_path: Path, sources: Any) -> None:
     """What was trained on another tokenizer's tokens must not be given the source's chat template, nor end where the source did."""
-    from tpt_megatron.tokenizer import train_word_tokenizer
-
     folder = import_model(sources("llama"), tmp_path / "checkpoints")
     made = train_word_tokenizer([], [f"w{i}" for i in range(99)], "<end>")
     made.save(folder / "tokenizer.json")
-    named = {"fingerprint": made.fingerprint, "end_of_document": "<end>", "eod_id": made.eod_id, "vocabulary_size": made.vocabulary_size}
-    (folder / "tpt.json").write_text(json.dumps(json.loads((folder / "tpt.json").read_text()) | {"tokenizer": named}))
+    name_tokenizer(folder, made)
     export_checkpoint(folder, tmp_path / "export")
     names = {path.name for path in (tmp_path / "export").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -212,13 +217,28 @@ def test_another_tokenizer_than_the_sources_takes_its_place(tmp_path: Path, sour
         assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == made.eod_id, name
 
 
-def test_the_same_tokenizer_brings_the_sources_files(tmp_path: Path, sources: Any) -> None:
-    from tpt_megatron.tokenizer import load_tokenizer
+def test_a_sentencepiece_model_is_read_as_what_it_is(tmp_path: Path, sources: Any) -> None:
+    """Without a tokenizer_config.json transformers splits words otherwise than SentencePiece does, and puts a BOS first."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = import_model(sources("llama"), tmp_path / "checkpoints")
+    text = "the cat sat on the mat and then it ran under a small tree while the dog was asleep"
+    options = {"sentence_iterator": iter([text] * 50), "model_type": "bpe", "vocab_size": 300, "hard_vocab_limit": False, "byte_fallback": True}
+    llamas = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "bos_id": -1}
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(model_writer=file, **options, **llamas, minloglevel=2)
+    made = load_tokenizer(str(folder / "tokenizer.model"), "</s>")
+    name_tokenizer(folder, made)
+    export_checkpoint(folder, tmp_path / "export")
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for asked in (text, "two  spaces\nand a line", "4é2", ""):
+        assert found(asked).input_ids == made.encode(asked)
+    assert (found.eos_token_id, len(found)) == (made.eod_id, made.vocabulary_size)
 
+
+def test_the_same_tokenizer_brings_the_sources_files(tmp_path: Path, sources: Any) -> None:
     folder = import_model(sources("llama"), tmp_path / "checkpoints")
     made = load_tokenizer("byte", "<|endoftext|>")
-    named = {"fingerprint": made.fingerprint, "end_of_document": "<|endoftext|>", "eod_id": made.eod_id, "vocabulary_size": made.vocabulary_size}
-    (folder / "tpt.json").write_text(json.dumps(json.loads((folder / "tpt.json").read_text()) | {"tokenizer": named}))
+    name_tokenizer(folder, made)
     export_checkpoint(folder, tmp_path / "export")
     for name, content in KEPT.items():
         assert (tmp_path / "export" / name).read_bytes() == content, name
