@@ -212,13 +212,17 @@ def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: TokenizerRecord,
 
 
 def _is_tokenizer(files: Mapping[str, Path], trained_with: TokenizerRecord) -> bool:
-    for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL):
-        if name in files:
-            try:
-                return load_tokenizer(str(files[name]), trained_with.end_of_document).fingerprint == trained_with.fingerprint
-            except (ConfigError, DataError):  # it has no such token, or cannot be read
-                return False
-    return False
+    """Say whether one of a source's files is the tokenizer that the data were made with; some have it in both forms."""
+    return any(
+        _fingerprint(files[name], trained_with.end_of_document) == trained_with.fingerprint for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL) if name in files
+    )
+
+
+def _fingerprint(tokenizer: Path, end_of_document: str) -> str | None:
+    try:
+        return load_tokenizer(str(tokenizer), end_of_document).fingerprint
+    except (ConfigError, DataError):  # it has no such token, or cannot be read
+        return None
 
 
 def model_card(record: CheckpointRecord, checkpoint_name: str, table: Sequence[Piece]) -> str:

@@ -217,22 +217,41 @@ def test_another_tokenizer_than_the_sources_takes_its_place(tmp_path: Path, sour
         assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == made.eod_id, name
 
 
+TEXT = "the cat sat on the mat and then it ran under a small tree while the dog was asleep"
+
+
+def write_sentencepiece(path: Path) -> TokenizerLike:
+    """Make a SentencePiece model as Llama 2's is, but without a BOS."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    options = {"sentence_iterator": iter([TEXT] * 50), "model_type": "bpe", "vocab_size": 300, "hard_vocab_limit": False, "byte_fallback": True}
+    llamas = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "bos_id": -1}
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(model_writer=file, **options, **llamas, minloglevel=2)
+    return load_tokenizer(str(path), "</s>")
+
+
 def test_a_sentencepiece_model_is_read_as_what_it_is(tmp_path: Path, sources: Any) -> None:
     """Without a tokenizer_config.json transformers splits words otherwise than SentencePiece does, and puts a BOS first."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     folder = import_model(sources("llama"), tmp_path / "checkpoints")
-    text = "the cat sat on the mat and then it ran under a small tree while the dog was asleep"
-    options = {"sentence_iterator": iter([text] * 50), "model_type": "bpe", "vocab_size": 300, "hard_vocab_limit": False, "byte_fallback": True}
-    llamas = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "bos_id": -1}
-    with open(folder / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(model_writer=file, **options, **llamas, minloglevel=2)
-    made = load_tokenizer(str(folder / "tokenizer.model"), "</s>")
+    made = write_sentencepiece(folder / "tokenizer.model")
     name_tokenizer(folder, made)
     export_checkpoint(folder, tmp_path / "export")
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
-    for asked in (text, "two  spaces\nand a line", "4é2", ""):
+    for asked in (TEXT, "two  spaces\nand a line", "4é2", ""):
         assert found(asked).input_ids == made.encode(asked)
     assert (found.eos_token_id, len(found)) == (made.eod_id, made.vocabulary_size)
+
+
+def test_data_may_be_made_with_either_form_of_the_sources_tokenizer(tmp_path: Path, sources: Any) -> None:
+    """Llama 2's folders have tokenizer.json and tokenizer.model."""
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    made = write_sentencepiece(source / "tokenizer.model")
+    folder = import_model(source, tmp_path / "checkpoints")
+    name_tokenizer(folder, made)
+    shutil.copy(source / "tokenizer.model", folder)
+    export_checkpoint(folder, tmp_path / "export")
+    for name in (*KEPT, "tokenizer.model"):
+        assert (tmp_path / "export" / name).read_bytes() == (source / name).read_bytes(), name
 
 
 def test_the_same_tokenizer_brings_the_sources_files(tmp_path: Path, sources: Any) -> None:
