@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,19 +107,19 @@ def read_checksums(folder: Place) -> list[FileEntry] | None:
         raise CheckpointError(f"{path}: not a list of files and their checksums, the file is damaged") from None
 
 
-def damages(folder: Path, entries: Sequence[FileEntry], rank: int = 0, ranks: int = 1) -> list[str]:
-    """Read one rank's share of a checkpoint's files, the large ones dealt out first, and say what is wrong with them."""
+def damages(folder: Path, entries: Sequence[FileEntry], rank: int = 0, ranks: int = 1, *, sha256: Callable[[Path], str] = sha256_of) -> list[str]:
+    """Read one rank's share of a checkpoint's files, the large ones dealt out first, and say what is wrong with them. `sha256` is how."""
     share = sorted(entries, key=lambda entry: (-entry.bytes, entry.name))[rank::ranks]
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-        return [said for said in pool.map(lambda entry: _damage(folder / entry.name, entry), share) if said is not None]
+        return [said for said in pool.map(lambda entry: _damage(folder / entry.name, entry, sha256), share) if said is not None]
 
 
-def _damage(path: Path, entry: FileEntry) -> str | None:
+def _damage(path: Path, entry: FileEntry, sha256: Callable[[Path], str]) -> str | None:
     if not path.is_file():
         return f"{path}: the file is missing"
     if (size := path.stat().st_size) != entry.bytes:
         return f"{path}: the file is damaged: it has {size} bytes, {CHECKSUMS} says {entry.bytes}"
-    if sha256_of(path) != entry.sha256:
+    if sha256(path) != entry.sha256:
         return f"{path}: the file is damaged: its SHA-256 is not the one in {CHECKSUMS}"
     return None
 

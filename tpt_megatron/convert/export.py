@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from tpt_megatron import __version__
-from tpt_megatron.checkpoints import IMPORTED
+from tpt_megatron.checkpoints import IMPORTED, damages, read_checksums
 from tpt_megatron.convert.checkpoint_reader import CheckpointReader, CheckpointRecord, TokenizerRecord, find_checkpoint, read_record
 from tpt_megatron.convert.families import family_of
 from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape, pieces
 from tpt_megatron.convert.hugging_face import CONFIG, GENERATION_CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
 from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
-from tpt_megatron.convert.streaming import Budget
+from tpt_megatron.convert.streaming import Budget, sha256_of
 from tpt_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, MachineError, UsageError
 from tpt_megatron.files import read_json, remove_stale_neighbours, whole_folder, write_json, write_text
 from tpt_megatron.log import progress_bar
@@ -61,6 +61,7 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     check_keys(reader, family, record, table)
     shards = plan_shards(table, DTYPES[kept].itemsize, shard_bytes)
     check_room(output, sum(shard.bytes for shard in shards))
+    check_files(folder)
     remove_stale_neighbours(output)
     try:
         with whole_folder(output) as temporary:
@@ -70,6 +71,15 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     except OSError as error:
         raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
     return folder
+
+
+def check_files(folder: Path) -> None:
+    """Compare a checkpoint's files with their checksums, where it has any (CheckpointError): torch reads a flipped bit as another number."""
+    entries = read_checksums(folder) or []
+    with progress_bar("checking", total=sum(entry.bytes for entry in entries) / 1e9) as bar:
+        problems = damages(folder, entries, sha256=lambda path: sha256_of(path, lambda count: bar.advance(count / 1e9)))
+    if problems:
+        raise CheckpointError(f"{problems[0]}; export another one")
 
 
 def check_keys(reader: CheckpointReader, family: Family, record: CheckpointRecord, table: Sequence[Piece]) -> None:

@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -110,6 +110,16 @@ class StreamedView(io.RawIOBase):
             done += got
             self._at += got
         return done
+
+
+def sha256_of(path: Path, progress: Callable[[int], object]) -> str:
+    """Return the SHA-256 of a file's bytes, in hex. `progress` hears of them as they are read."""
+    digest, buffer = hashlib.sha256(), bytearray(_AT_ONCE)
+    with StreamedView(path, 0, path.stat().st_size) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            progress(count)
+    return digest.hexdigest()
 
 
 def _give_back(descriptor: int, offset: int, length: int) -> None:

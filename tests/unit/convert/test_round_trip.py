@@ -20,7 +20,7 @@ from tpt_megatron.convert.export import export_checkpoint
 from tpt_megatron.convert.families import FAMILIES, family_of
 from tpt_megatron.convert.hugging_face import model_of, read_config, written_config
 from tpt_megatron.convert.importing import import_model
-from tpt_megatron.errors import ConversionError
+from tpt_megatron.errors import CheckpointError, ConversionError
 from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer, train_word_tokenizer
 
 
@@ -172,6 +172,20 @@ def test_a_config_that_is_written_is_read_as_the_same_model(model_type: str, sca
     assert theirs.config.rope_parameters["rope_theta"] == 2e6
 
 
+def test_a_bit_that_flipped_since_is_found_before_anything_is_written(tmp_path: Path, sources: Any) -> None:
+    """torch reads it as another number."""
+    folder = import_model(sources("llama"), tmp_path / "checkpoints")
+    for name in ("__0_0.distcp", "hugging_face.tokenizer.json"):
+        whole = (folder / name).read_bytes()
+        middle = len(whole) // 2
+        (folder / name).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        with pytest.raises(CheckpointError, match=f"{name}: the file is damaged: its SHA-256 is not the one in checksums.json; export another one"):
+            export_checkpoint(folder, tmp_path / "export")
+        (folder / name).write_bytes(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    export_checkpoint(folder, tmp_path / "export")
+
+
 def test_a_mistral_stays_one_and_a_llama_too(tmp_path: Path, sources: Any) -> None:
     for case in ("llama", "mistral"):
         export_checkpoint(import_model(sources(case), tmp_path / case), tmp_path / f"{case}-out")
@@ -191,6 +205,7 @@ def name_tokenizer(checkpoint: Path, made: TokenizerLike) -> None:
     """Write into a checkpoint which tokenizer made the data that it was trained on."""
     named = {"fingerprint": made.fingerprint, "end_of_document": made.end_of_document, "eod_id": made.eod_id, "vocabulary_size": made.vocabulary_size}
     path = checkpoint / "tpt.json"
+    (checkpoint / "checksums.json").unlink()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": named}))
 
 
@@ -267,6 +282,7 @@ def test_the_same_tokenizer_brings_the_sources_files(tmp_path: Path, sources: An
 def test_longer_sequences_are_positions_and_another_rope_forgets_the_sources(tmp_path: Path, sources: Any) -> None:
     folder = import_model(sources("qwen3"), tmp_path / "checkpoints")
     record = json.loads((folder / "tpt.json").read_text())
+    (folder / "checksums.json").unlink()
     tried = [({"sequence_length": 999}, {}, 999), ({"sequence_length": 64}, {}, 256), ({"sequence_length": 64}, {"rope_theta": 7e6}, 64)]
     for number, (changes, model, positions) in enumerate(tried):
         (folder / "tpt.json").write_text(json.dumps(record | changes | {"model": record["model"] | model}))
