@@ -210,6 +210,15 @@ class HuggingFaceTensors:
         return tensor
 
 
+def as_type(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a tensor in another type; ConversionError, by its name, where fp16 would make infinities of its numbers."""
+    if dtype is torch.float16 and tensor.dtype is not dtype:
+        largest = max(abs(float(end)) for end in tensor.aminmax())
+        if largest > torch.finfo(dtype).max:
+            raise ConversionError(f"{name} has numbers of up to {largest:.3g}, beyond fp16's 65504; take bf16 or fp32")
+    return tensor.to(dtype)
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
@@ -259,7 +268,7 @@ def writing(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> Iter
         def write(name: str, tensor: Tensor) -> None:
             assert name == waiting.pop(0) and tuple(tensor.shape) == tuple(shapes[name]), name
             for rows in torch.split(tensor, max(1, _AT_ONCE * len(tensor) // tensor.nbytes)):  # a copy in another type is one of few rows
-                file.write(bytes_of(rows.to(dtype).contiguous()))
+                file.write(bytes_of(as_type(rows, dtype, name).contiguous()))
 
         yield write
         assert not waiting, waiting

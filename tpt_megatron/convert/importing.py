@@ -22,7 +22,7 @@ from tpt_megatron.checkpoints import DESCRIPTION, IMPORTED, TRACKER, finished_st
 from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.convert.checkpoint_reader import FORMAT
 from tpt_megatron.convert.families.rules import EMBEDDING, OUTPUT, Family, Piece, Shape, pieces
-from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, kept_files, model_of, read_config
+from tpt_megatron.convert.hugging_face import CONFIG, HuggingFaceTensors, as_type, kept_files, model_of, read_config
 from tpt_megatron.convert.streaming import Budget, StreamedWriter
 from tpt_megatron.errors import ConversionError, MachineError, UsageError
 from tpt_megatron.files import FileEntry, remove_stale_neighbours, whole_folder, write_json, write_text
@@ -158,7 +158,7 @@ def write_checkpoint(
     is_ending = threading.Event()
 
     def made(piece: Piece) -> torch.Tensor:
-        parts = [tensors.read(name).to(dtype) for name in piece.parts]
+        parts = [as_type(tensors.read(name), dtype, name) for name in piece.parts]
         return piece.fusion.join(parts, model).reshape(*(1 for _ in piece.place), *piece.shape)
 
     def write(path: Path, plan: SavePlan) -> tuple[list[WriteResult], FileEntry]:

@@ -89,6 +89,18 @@ def test_a_smaller_type_is_rounded_once_and_stays(dtype: str, kind: torch.dtype,
     assert read_config(tmp_path / "export")["dtype"] == read_config(tmp_path / "export")["torch_dtype"] == str(kind).removeprefix("torch.")
 
 
+def test_a_number_that_fp16_has_not_is_refused(tmp_path: Path, sources: Any) -> None:
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(source, {name: tensors_of(source)[name].index_fill(0, torch.tensor([3]), -1e5)})
+    with pytest.raises(ConversionError, match=f"{name} has numbers of up to 1e\\+05, beyond fp16's 65504; take bf16 or fp32"):
+        import_model(source, tmp_path / "checkpoints", "fp16")
+    import_model(source, tmp_path / "checkpoints")
+    with pytest.raises(ConversionError, match=f"{name} has numbers of up to 1e"):
+        export_checkpoint(tmp_path / "checkpoints", tmp_path / "export", "fp16")
+    export_checkpoint(tmp_path / "checkpoints", tmp_path / "export", "bf16")
+
+
 def test_types_that_differ_need_one_to_be_named(tmp_path: Path, sources: Any) -> None:
     source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
     edit_tensors(source, {"model.norm.weight": tensors_of(source)["model.norm.weight"].bfloat16()})
