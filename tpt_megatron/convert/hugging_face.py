@@ -175,6 +175,8 @@ class HuggingFaceTensors:
             for name, entry in header.items():
                 if name.endswith(_COMPUTED):
                     continue
+                if name in self._places:
+                    raise ConversionError(f"{path}: {name} is in {self._places[name][0].name}, too; download both again")
                 if entry["dtype"] not in DTYPES:
                     raise ConversionError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
                 begin, end = entry["data_offsets"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.support.families import configs, edit_config, edit_tensors, random_model, save_model, tensors_of
 from tpt_megatron.convert.checkpoint_reader import CheckpointReader, read_record
@@ -51,6 +52,11 @@ def write_header(path: Path, header: Any) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text)
 
 
+def put_the_first_into_the_last(folder: Path) -> None:
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    save_file(load_file(last) | load_file(first_shard(folder)), last)
+
+
 NAME = "model.layers.2.mlp.up_proj.weight"
 
 
@@ -85,6 +91,7 @@ def as_file(folder: Path) -> None:
         pytest.param(lambda folder: edit_tensors(folder, {NAME: None}), f"tensors of a llama are missing: {NAME}", id="tensor missing"),
         pytest.param(lambda folder: edit_tensors(folder, {"model.a": torch.ones(2)}), "tensors that a llama has no place for: model.a", id="tensor unknown"),
         pytest.param(lambda folder: edit_tensors(folder, {NAME: torch.ones(80, 47)}), f"{NAME} has shape [80, 47], config.json asks for [80, 48]", id="shape"),
+        pytest.param(put_the_first_into_the_last, "is in model-00001-of-00022.safetensors, too; download both again", id="tensor twice"),
         pytest.param(lambda folder: edit_tensors(folder, {"lm_head.weight": None}), "are missing: lm_head.weight", id="no output layer"),
         pytest.param(
             lambda folder: edit_tensors(folder, {NAME: tensors_of(folder)[NAME].half()}), "of several types, fp16, fp32; give --dtype", id="types differ"
