@@ -226,7 +226,11 @@ def _require_for_verification(verify: bool) -> None:
 def _verify(checkpoint: Path, model: Path, target: Literal["checkpoint", "hugging_face"]) -> None:
     from tpt_megatron.convert.verify import verify
 
-    found = verify(checkpoint, model, target)
+    try:
+        found = verify(checkpoint, model, target)
+    except Stopped:
+        made = checkpoint if target == "checkpoint" else model
+        raise Stopped(f"{made}: stopped by a signal before it was verified; it is whole, remove it and run the same command again to have that, too") from None
     of = "" if found.all_layers else f" of layers {', '.join(str(layer) for layer in found.layers)}"
     print(f"verified: {found.tensors} tensors are equal, logits{of} differ by at most {found.difference:.1e} (largest logit {found.largest:.3g})")
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from tests.support.families import configs, edit_config, edit_tensors, random_model, save_model, tensors_of
+from tpt_megatron import cli
 from tpt_megatron.config.model import ModelConfig, RopeScaling
 from tpt_megatron.convert import hugging_face, importing, verify
 from tpt_megatron.convert.export import export_checkpoint
 from tpt_megatron.convert.families.rules import GATE_UP, QKV, Fusion
 from tpt_megatron.convert.importing import import_model
-from tpt_megatron.errors import ConversionError, DataError, MachineError
+from tpt_megatron.errors import ConversionError, DataError, MachineError, Stopped
 
 # megatron-core's, of defaults of its own.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning", "FutureWarning")]
@@ -142,6 +143,19 @@ def test_what_no_config_json_has_is_not_compared(folders: Folders, tmp_path: Pat
     record["model"] |= {"mtp_loss_weight": 0.3, "embedding_init_std": 0.5}
     (trained / "tpt.json").write_text(json.dumps(record))
     assert verify.verify(trained, export, "hugging_face").difference < 2e-5
+
+
+def test_a_signal_while_it_verifies_does_not_ask_for_what_would_be_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again finds an output that is in use."""
+    _, checkpoint, export = folders("llama")
+
+    def stopped(*given: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(verify, "verify", stopped)
+    with pytest.raises(Stopped) as error:
+        cli._verify(checkpoint, export, "hugging_face")
+    assert str(error.value) == f"{export}: stopped by a signal before it was verified; it is whole, remove it and run the same command again to have that, too"
 
 
 def test_a_tensor_too_many_is_named(folders: Folders, tmp_path: Path) -> None:
