@@ -67,7 +67,7 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
         with whole_folder(output) as temporary:
             _write_tensors(temporary, reader, record, shards, DTYPES[kept])
             _write_configs(temporary, folder, family, record, DTYPES[kept], source)
-            write_text(temporary / "README.md", model_card(record, folder.resolve().name, table))
+            write_text(temporary / "README.md", model_card(record, folder.resolve().name, table, is_imported=source is not None))
     except OSError as error:
         raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
     return folder
@@ -235,7 +235,21 @@ def _fingerprint(tokenizer: Path, end_of_document: str) -> str | None:
         return None
 
 
-def model_card(record: CheckpointRecord, checkpoint_name: str, table: Sequence[Piece]) -> str:
+def _purpose(record: CheckpointRecord, is_imported: bool) -> str:
+    """Return what the card's reader can expect of the model: no more than the checkpoint says. An imported one may have been tuned for anything."""
+    if is_imported and record.step == 0:
+        return "Converted by tpt_megatron and not trained by it: it is what the card of the model it was imported from says."
+    if "chat" in (record.arm or "").split("+"):
+        return "Tuned on chats: give prompts in the template that these were written in."
+    origin = (
+        "Trained from an imported model, whose card says what that was made for."
+        if is_imported
+        else "A base model: it continues text and was not tuned to follow instructions."
+    )
+    return f"{origin} Documents were tokenised without a beginning-of-sequence token; give prompts the same way."
+
+
+def model_card(record: CheckpointRecord, checkpoint_name: str, table: Sequence[Piece], *, is_imported: bool) -> str:
     """Return the model card: what the model is and how it was trained, as far as the checkpoint says."""
     model = record.model
     parameters = sum(torch.Size(piece.shape).numel() for piece in table)
@@ -256,9 +270,7 @@ def model_card(record: CheckpointRecord, checkpoint_name: str, table: Sequence[P
     data = f"\n## Data\n\n```json\n{json.dumps(record.data, indent=2, sort_keys=True)}\n```\n" if record.data else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [tpt-megatron]\n---\n\n"
-        "# A language model pretrained with tpt_megatron\n\n"
-        "A base model: it continues text and was not tuned to follow instructions. Documents were tokenised without a "
-        "beginning-of-sequence token; give prompts the same way.\n\n"
+        f"# A language model of tpt_megatron\n\n{_purpose(record, is_imported)}\n\n"
         f"## Training\n\n| | |\n|---|---|\n{rows}\n{data}\n"
         f"Exported by tpt_megatron {__version__}.\n"
     )

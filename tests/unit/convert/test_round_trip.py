@@ -257,6 +257,27 @@ def write_sentencepiece(path: Path) -> TokenizerLike:
     return load_tokenizer(str(path), "</s>")
 
 
+@pytest.mark.parametrize(
+    ("step", "arm", "says", "does_not_say"),
+    [
+        (0, None, "not trained by it", "base model"),
+        (5, "append", "Trained from an imported model", "A base model"),
+        (5, "chat", "Tuned on chats", "without a beginning-of-sequence"),
+    ],
+)
+def test_the_card_says_no_more_of_an_imported_model_than_is_known(
+    step: int, arm: str | None, says: str, does_not_say: str, tmp_path: Path, sources: Any
+) -> None:
+    """It may have been tuned to follow instructions, with a beginning-of-sequence token."""
+    folder = import_model(sources("llama"), tmp_path / "checkpoints")
+    (folder / "checksums.json").unlink()
+    (folder / "tpt.json").write_text(json.dumps(json.loads((folder / "tpt.json").read_text()) | {"step": step, "arm": arm}))
+    export_checkpoint(folder, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert says in card
+    assert does_not_say not in card
+
+
 def test_a_sentencepiece_model_is_read_as_what_it_is(tmp_path: Path, sources: Any) -> None:
     """Without a tokenizer_config.json transformers splits words otherwise than SentencePiece does, and puts a BOS first."""
     folder = import_model(sources("llama"), tmp_path / "checkpoints")
