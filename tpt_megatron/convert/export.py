@@ -60,9 +60,9 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
     table = list(pieces(family.rules_of(record.model), record.model))
     check_keys(reader, family, record, table)
     shards = plan_shards(table, DTYPES[kept].itemsize, shard_bytes)
+    remove_stale_neighbours(output)
     check_room(output, sum(shard.bytes for shard in shards))
     check_files(folder)
-    remove_stale_neighbours(output)
     try:
         with whole_folder(output) as temporary:
             _write_tensors(temporary, reader, record, shards, DTYPES[kept])

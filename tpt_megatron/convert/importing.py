@@ -68,6 +68,7 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
         raise UsageError(f"{output}: is not a folder; name another one")
     if finished_steps(output) or latest_step(output):
         raise UsageError(f"{output}: holds checkpoints already; name another folder")
+    remove_stale_neighbours(folder)
     check_room(output, sum(torch.Size(piece.shape).numel() for piece in table) * DTYPES[precision].itemsize)
     description = {
         "format": FORMAT,
@@ -80,7 +81,6 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
         "tokenizer": None,
         "data": None,
     }
-    remove_stale_neighbours(folder)
     is_new = not output.exists()
     try:
         with whole_folder(folder) as temporary:

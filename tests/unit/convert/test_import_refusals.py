@@ -205,6 +205,17 @@ def test_a_disk_without_room(sources: dict[str, Path], tmp_path: Path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "source"]
 
 
+def test_what_a_killed_conversion_left_does_not_count_as_used(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command would never begin anew on a disk that is half full of its own leftovers."""
+    left = [tmp_path / "out" / ".iter_0000000.4194304.tmp", tmp_path / ".export.4194304.tmp"]  # more than a process id can be
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0 if any(folder.exists() for folder in left) else 10**9))
+    left[0].mkdir(parents=True)
+    checkpoint = import_model(sources["llama"], tmp_path / "out")
+    left[1].mkdir()
+    export_checkpoint(checkpoint, tmp_path / "export")
+
+
 def test_damage_that_is_found_while_tensors_are_read_leaves_nothing(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of the threads it comes up in: every tensor once."""
     from tpt_megatron.convert.hugging_face import HuggingFaceTensors
