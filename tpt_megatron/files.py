@@ -39,10 +39,11 @@ def temporary_neighbour(path: Path) -> Path:
 
 
 def remove_stale_neighbours(path: Path) -> None:
-    """Delete what killed processes left of `path` half written. For an output that is made on this machine and no other."""
+    """Delete what killed processes left of `path` half written, before this one begins. For an output that is made on this machine and no other."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
         process = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+        # In containers, where the first process has number 1, this one may have a killed one's.
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -205,9 +206,10 @@ def test_a_disk_without_room(sources: dict[str, Path], tmp_path: Path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "source"]
 
 
-def test_what_a_killed_conversion_left_does_not_count_as_used(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("process", [4_194_304, os.getpid()], ids=["more than a process id can be", "as in a container, where every process is the first"])
+def test_what_a_killed_conversion_left_does_not_count_as_used(process: int, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command would never begin anew on a disk that is half full of its own leftovers."""
-    left = [tmp_path / "out" / ".iter_0000000.4194304.tmp", tmp_path / ".export.4194304.tmp"]  # more than a process id can be
+    left = [tmp_path / "out" / f".iter_0000000.{process}.tmp", tmp_path / f".export.{process}.tmp"]
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 0 if any(folder.exists() for folder in left) else 10**9))
     left[0].mkdir(parents=True)
