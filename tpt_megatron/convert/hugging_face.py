@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -276,6 +276,9 @@ def writing(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype) -> Iter
         assert not waiting, waiting
 
 
-def kept_files(folder: Path) -> Iterable[Path]:
-    """Return the files of a model folder that go with the model: configs and tokenizer."""
-    return [folder / name for name in KEPT_FILES if (folder / name).is_file()]
+def kept_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that go with the model: configs and tokenizer. ConversionError for a link that leads nowhere."""
+    paths = [path for path in (folder / name for name in KEPT_FILES) if path.is_file() or path.is_symlink()]
+    if broken := next((path for path in paths if not path.exists()), None):
+        raise ConversionError(f"{broken}: links to what is not there; download it again")
+    return paths

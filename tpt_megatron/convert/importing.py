@@ -59,7 +59,7 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int) or positions < 1:
         raise ConversionError(f"{source / CONFIG}: max_position_embeddings={positions!r}: expected a whole number over 0")
-    tensors = HuggingFaceTensors(source)
+    tensors, kept = HuggingFaceTensors(source), kept_files(source)
     table = list(pieces(family.rules_of(model), model))
     _check_tensors(tensors, family, model, table, source)
     precision = dtype or _common_dtype(tensors, source)
@@ -86,7 +86,7 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
         with whole_folder(folder) as temporary:
             widest = max(tensors.dtypes.values(), key=lambda kind: kind.itemsize)
             entries = write_checkpoint(temporary, tensors, model, table, DTYPES[precision], widest)
-            for path in kept_files(source):
+            for path in kept:
                 shutil.copyfile(path, temporary / f"{IMPORTED}{path.name}")
             write_json(temporary / DESCRIPTION, description)
             write_checksums(temporary, entries)

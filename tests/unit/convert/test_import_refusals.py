@@ -53,6 +53,12 @@ def write_header(path: Path, header: Any) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text)
 
 
+def lead_nowhere(path: Path) -> None:
+    """As in a cache of the hub whose download was cut short."""
+    path.unlink()
+    path.symlink_to("../blobs/gone")
+
+
 def put_the_first_into_the_last(folder: Path) -> None:
     last = sorted(folder.glob("*.safetensors"))[-1]
     save_file(load_file(last) | load_file(first_shard(folder)), last)
@@ -92,6 +98,7 @@ def as_file(folder: Path) -> None:
         pytest.param(lambda folder: edit_tensors(folder, {NAME: None}), f"tensors of a llama are missing: {NAME}", id="tensor missing"),
         pytest.param(lambda folder: edit_tensors(folder, {"model.a": torch.ones(2)}), "tensors that a llama has no place for: model.a", id="tensor unknown"),
         pytest.param(lambda folder: edit_tensors(folder, {NAME: torch.ones(80, 47)}), f"{NAME} has shape [80, 47], config.json asks for [80, 48]", id="shape"),
+        pytest.param(lambda folder: lead_nowhere(folder / "tokenizer.json"), "tokenizer.json: links to what is not there; download it again", id="link"),
         pytest.param(put_the_first_into_the_last, "is in model-00001-of-00022.safetensors, too; download both again", id="tensor twice"),
         pytest.param(lambda folder: edit_tensors(folder, {"lm_head.weight": None}), "are missing: lm_head.weight", id="no output layer"),
         pytest.param(
