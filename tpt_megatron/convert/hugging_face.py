@@ -136,6 +136,7 @@ def written_config(
     """
     scaling = None if model.rope_scaling is None else {"rope_type": "llama3", **model.rope_scaling.model_dump()}
     kept = dict(source or {"attention_dropout": 0.0, "use_cache": True})
+    kept.pop("auto_map", None)  # names the source's own code, which is not taken along
     if source is None or eod_id is not None:
         kept |= {"bos_token_id": eod_id, "eos_token_id": eod_id, "pad_token_id": None}
     return kept | {

@@ -221,6 +221,14 @@ def name_tokenizer(checkpoint: Path, made: TokenizerLike) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": named}))
 
 
+def test_code_that_stays_behind_is_not_asked_for(tmp_path: Path, sources: Any) -> None:
+    """A source's own classes lie in files that no conversion takes along."""
+    source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+    edit_config(source, auto_map={"AutoConfig": "configuration_mine.MineConfig"})
+    export_checkpoint(import_model(source, tmp_path / "checkpoints"), tmp_path / "export")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "export", trust_remote_code=True).model_type == "llama"
+
+
 def test_generation_config_is_made_where_the_source_has_none(tmp_path: Path, sources: Any) -> None:
     source = Path(shutil.copytree(sources("llama"), tmp_path / "source"))
     (source / "generation_config.json").unlink()
