@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.support.chats import chat, write_chats, write_tokenizer
 from tests.support.metrics import learned
@@ -107,6 +108,17 @@ def test_it_starts_from_another_runs_weights_with_another_base_of_its_positions(
     assert "the checkpoint has model.rope_theta=10000.0, the config 160000.0" in refused
 
 
+def test_the_export_is_asked_in_the_template_it_was_tuned_with_and_ends_where_a_turn_ends(work: Path) -> None:
+    tpt("convert", "export", f"{work}/run", f"{work}/model")
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    messages = chat("How many apples?", "Three.")
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert written == "<|im_start|>user\nHow many apples?<|im_end|>\n<|im_start|>assistant\nThree.<|im_end|>\n"
+    assert tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).endswith("<|im_start|>assistant\n")
+    ends = json.loads((work / "model/generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
+
+
 def find_folder(run: Path) -> Path:
     return max((run / "checkpoints").glob("iter_*"))
 
@@ -138,7 +150,14 @@ def test_a_step_of_prompt_alone_has_loss_0_and_is_no_fault(tmp_path: Path) -> No
     dataset = open_dataset(tmp_path / "out/chat/train")
     assert dataset.parts is not None and (dataset.parts[:64] != PART_ASSISTANT).all()
     train = ["train", "sft-train", f"run_dir={tmp_path}/run", f"data.train={tmp_path}/out/chat/train", "epochs=1", *SMALL]
-    train += ["data.sequence_length=16", "data.packing=concatenate", "global_batch_sequences=2", "checkpoint={}", "optimizer.warmup_steps=0"]
+    train += [
+        "data.sequence_length=16",
+        "data.packing=concatenate",
+        "data.too_long=cut",
+        "global_batch_sequences=2",
+        "checkpoint={}",
+        "optimizer.warmup_steps=0",
+    ]
     tpt(*train)
     lines = metrics(tmp_path / "run")
     assert not any("skipped" in line for line in lines)

@@ -28,6 +28,15 @@ from tpt_megatron.errors import CheckpointError
 FORMAT = 1
 
 
+class ChatRecord(BaseModel):
+    """How the chats of the run's data were written."""
+
+    model_config = ConfigDict(frozen=True)
+
+    template: str
+    end_of_turn_id: int | None
+
+
 class TokenizerRecord(BaseModel):
     """The tokenizer that made the run's data, as `tpt.json` names it."""
 
@@ -37,6 +46,7 @@ class TokenizerRecord(BaseModel):
     end_of_document: str
     eod_id: int
     vocabulary_size: int
+    chat: ChatRecord | None = None
 
 
 class CheckpointRecord(BaseModel):

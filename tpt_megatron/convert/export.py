@@ -16,10 +16,21 @@ import torch
 
 from tpt_megatron import __version__
 from tpt_megatron.checkpoints import IMPORTED, damages, read_checksums
-from tpt_megatron.convert.checkpoint_reader import CheckpointReader, CheckpointRecord, TokenizerRecord, find_checkpoint, read_record
+from tpt_megatron.convert.checkpoint_reader import ChatRecord, CheckpointReader, CheckpointRecord, TokenizerRecord, find_checkpoint, read_record
 from tpt_megatron.convert.families import family_of
 from tpt_megatron.convert.families.rules import EMBEDDING, Family, Piece, Shape, pieces
-from tpt_megatron.convert.hugging_face import CONFIG, GENERATION_CONFIG, INDEX, KEPT_FILES, SINGLE, model_of, writing, written_config
+from tpt_megatron.convert.hugging_face import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    KEPT_FILES,
+    OLDER_CHAT_TEMPLATE,
+    SINGLE,
+    model_of,
+    writing,
+    written_config,
+)
 from tpt_megatron.convert.importing import DTYPES, check_room, stacked_shapes
 from tpt_megatron.convert.streaming import Budget, sha256_of
 from tpt_megatron.errors import CheckpointError, ConfigError, ConversionError, DataError, MachineError, UsageError
@@ -194,6 +205,19 @@ def _write_configs(folder: Path, checkpoint: Path, family: Family, record: Check
         _write_tokenizer(folder, checkpoint, record.tokenizer, record.sequence_length)
     if not (folder / GENERATION_CONFIG).is_file():
         write_json(folder / GENERATION_CONFIG, {"bos_token_id": config.get("bos_token_id"), "eos_token_id": config.get("eos_token_id"), "do_sample": False})
+    if record.tokenizer is not None and record.tokenizer.chat is not None:
+        _write_chat(folder, record.tokenizer.chat)
+
+
+def _write_chat(folder: Path, chat: ChatRecord) -> None:
+    """Have the model be asked as it was tuned, and end where a turn ends: a source's template is of another tuning, a base model's end that of a document."""
+    write_text(folder / CHAT_TEMPLATE, chat.template)
+    (folder / OLDER_CHAT_TEMPLATE).unlink(missing_ok=True)
+    if chat.end_of_turn_id is not None:
+        generation = read_json(folder / GENERATION_CONFIG)
+        ends = generation.get("eos_token_id")
+        others = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        write_json(folder / GENERATION_CONFIG, generation | {"eos_token_id": list(dict.fromkeys([chat.end_of_turn_id, *others]))})
 
 
 def _positions(record: CheckpointRecord, source: dict[str, Any] | None) -> int:

@@ -21,10 +21,11 @@ from tpt_megatron.errors import ConversionError
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE = "chat_template.jinja", "chat_template.json"
 KEPT_FILES = (
     *(CONFIG, GENERATION_CONFIG),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
+    *(CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE),
 )
 """What a folder holds beside tensors that an export of the model, trained on, should have again."""
 _FREE = ("max_window_layers", "sliding_window", "output_router_logits")

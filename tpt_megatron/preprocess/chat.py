@@ -137,5 +137,14 @@ def check_chat(template: ChatTemplate, tokenizer: TokenizerLike, name: str) -> N
         )
 
 
+def end_of_turn(template: ChatTemplate, tokenizer: TokenizerLike) -> int | None:
+    """Return the id of the special token that ends the assistant's turns, by the simplest chat; None where no special token does."""
+    assert isinstance(tokenizer, Tokenizer)
+    segments, _ = ChatReader(template, tokenizer, FieldNames(), "messages").cut(list(_PROBE))
+    reply = [text for part, text in segments if part == PART_ASSISTANT][-1].rstrip()
+    ending = next((token for token in special_tokens(tokenizer) if reply.endswith(token)), None)
+    return None if ending is None else tokenizer.added_token_id(ending)
+
+
 def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__

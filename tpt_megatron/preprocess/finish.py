@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import pairwise
@@ -21,10 +21,12 @@ from tpt_megatron.datasets import MANIFEST_KIND, PART_NAMES, sidecar, token_dtyp
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import FileEntry, Manifest, open_atomic
 from tpt_megatron.log import progress_bar
+from tpt_megatron.preprocess.chat import end_of_turn
 from tpt_megatron.preprocess.duplicates import NearKeys, first_ones
 from tpt_megatron.preprocess.joining import DatasetJoin, JoinedDataset, Part
 from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits, token_parts
 from tpt_megatron.preprocess.plan import Plan
+from tpt_megatron.preprocess.templates import ChatTemplate
 from tpt_megatron.storage import LocalLocation, remove_unfinished
 from tpt_megatron.tokenizer import TokenizerLike
 
@@ -266,6 +268,13 @@ def _describe(
             "end_of_document": tokenizer.end_of_document,
             "eod_id": tokenizer.eod_id,
             "sources": dataset.sources,
+            **({"chat": _chat(settings["chat"], tokenizer)} if config.reads_chats else {}),
             "sha256": next(entry.sha256 for entry in dataset.outputs if entry.name == f"{dataset.prefix.name}.bin"),
         },
     )
+
+
+def _chat(settings: Mapping[str, Any], tokenizer: TokenizerLike) -> dict[str, Any]:
+    """Return what a model that learns these chats must be asked with: the template, and the token that ends its turns."""
+    template = ChatTemplate("", settings["template"], settings["variables"], settings["learn"])
+    return {"template": template.alone, "end_of_turn_id": end_of_turn(template, tokenizer)}

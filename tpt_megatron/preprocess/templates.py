@@ -61,6 +61,11 @@ class ChatTemplate:
             raise RecordError("", f"chat.template={self.name} cannot write these messages: {' '.join(str(error).split())}") from None
         return str(text)
 
+    @property
+    def alone(self) -> str:
+        """The template with what it is filled with besides messages: it writes the same text for whoever knows nothing else."""
+        return "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in self.variables.items()) + self.source
+
     def mark(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """Return the text of a chat and the stretches [begin, end) of it that the assistant wrote.
 
@@ -203,3 +208,8 @@ def _raise_exception(message: str) -> None:
     import jinja2
 
     raise jinja2.TemplateError(message)
+
+
+def _literal(value: Any) -> str:
+    """Return a value as Jinja spells it."""
+    return "none" if value is None else json.dumps(value)

@@ -151,7 +151,7 @@ class Saving:
             position.sound = position.step
         path, details = next(((path, dataset.details) for path, dataset in datasets.items() if dataset.details is not None), ("", None))
         keys = ("tokenizer_fingerprint", "end_of_document", "eod_id", "vocabulary_size")
-        tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys}
+        tokenizer = None if details is None else {key.removeprefix("tokenizer_"): details[key] for key in keys} | {"chat": details.get("chat")}
         beside = {name: sidecar(Path(path or config.data.train_paths[0]), name) for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL)}
         self._writer.save(
             position.step,
