@@ -178,7 +178,7 @@ def train(config: ConfigName, overrides: Overrides = None) -> None:
 
 
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored.")]
-Verify = Annotated[bool, typer.Option("--verify", help="Then compare every tensor, and the logits of transformers and megatron-core.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor, and logits of transformers and megatron-core, before the output has its name.")]
 
 
 @convert_app.command("import")
@@ -193,10 +193,14 @@ def import_(
     _require_for_verification(verify)
     from tpt_megatron.convert.importing import import_model
 
-    folder = import_model(model, output, dtype)
-    print(f"{folder}: start from it with checkpoint.load_from={output} checkpoint.load=weights")
-    if verify:
-        _verify(folder, model, "checkpoint")
+    verified: list[str] = []
+
+    def check(made: Path) -> None:
+        if verify:
+            verified.append(_verify(made, model, "checkpoint", output / "iter_0000000"))
+
+    folder = import_model(model, output, dtype, check)
+    print("\n".join([f"{folder}: start from it with checkpoint.load_from={output} checkpoint.load=weights", *verified]))
 
 
 @convert_app.command()
@@ -211,10 +215,14 @@ def export(
     _require_for_verification(verify)
     from tpt_megatron.convert.export import export_checkpoint
 
-    folder = export_checkpoint(checkpoint, output, dtype)
-    print(f"{output}: a Hugging Face model folder")
-    if verify:
-        _verify(folder, output, "hugging_face")
+    verified: list[str] = []
+
+    def check(folder: Path, made: Path) -> None:
+        if verify:
+            verified.append(_verify(folder, made, "hugging_face", output))
+
+    export_checkpoint(checkpoint, output, dtype, check)
+    print("\n".join([f"{output}: a Hugging Face model folder", *verified]))
 
 
 def _require_for_verification(verify: bool) -> None:
@@ -223,16 +231,17 @@ def _require_for_verification(verify: bool) -> None:
         _require("transformers", extra="evaluate")
 
 
-def _verify(checkpoint: Path, model: Path, target: Literal["checkpoint", "hugging_face"]) -> None:
+def _verify(checkpoint: Path, model: Path, target: Literal["checkpoint", "hugging_face"], final: Path) -> str:
+    """Return what was found, in a line. final: the name that the target will have."""
     from tpt_megatron.convert.verify import verify
 
     try:
-        found = verify(checkpoint, model, target)
-    except Stopped:
+        found = verify(checkpoint, model, target, final)
+    except TptError as error:
         made = checkpoint if target == "checkpoint" else model
-        raise Stopped(f"{made}: stopped by a signal before it was verified; it is whole, remove it and run the same command again to have that, too") from None
+        raise type(error)(f"{str(error).replace(str(made), str(final))}; nothing was kept") from None
     of = "" if found.all_layers else f" of layers {', '.join(str(layer) for layer in found.layers)}"
-    print(f"verified: {found.tensors} tensors are equal, logits{of} differ by at most {found.difference:.1e} (largest logit {found.largest:.3g})")
+    return f"verified: {found.tensors} tensors are equal, logits{of} differ by at most {found.difference:.1e} (largest logit {found.largest:.3g})"
 
 
 @app.command(epilog=_keys("evaluate"))

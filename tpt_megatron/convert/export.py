@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,19 @@ NOT_THE_MODEL = ("optimizer.", "chained_", "rng_state", "opt_param_scheduler", "
 _THREADS = 2
 
 
-def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    dtype: str | None = None,
+    check: Callable[[Path, Path], object] = lambda folder, model: None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
     """Write a checkpoint as a Hugging Face folder that transformers 4.57 and 5.x load. It appears whole or not at all. Returns the `iter_*` folder.
 
     `checkpoint` is an `iter_*` folder, or a checkpoints or run folder, whose latest checkpoint is taken. `dtype` is fp32, bf16
-    or fp16; None keeps the precision of training. Tensors are sharded when they exceed `shard_bytes`. Memory: twice the largest stored
+    or fp16; None keeps the precision of training. `check` is given the `iter_*` folder and the finished model folder
+    before that has its name, and refuses it by raising. Tensors are sharded when they exceed `shard_bytes`. Memory: twice the largest stored
     tensor, or slice of stacked ones.
 
     Raises UsageError for a wrong dtype or an output that is in use, CheckpointError for a checkpoint that is missing,
@@ -79,6 +87,7 @@ def export_checkpoint(checkpoint: Path, output: Path, dtype: str | None = None, 
             _write_tensors(temporary, reader, record, shards, DTYPES[kept])
             _write_configs(temporary, folder, family, record, DTYPES[kept], source)
             write_text(temporary / "README.md", model_card(record, folder.resolve().name, table, is_imported=source is not None))
+            check(folder, temporary)
     except OSError as error:
         raise MachineError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from None
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,10 +44,11 @@ class Tensors(Protocol):
         ...
 
 
-def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
+def import_model(source: Path, output: Path, dtype: str | None = None, check: Callable[[Path], object] = lambda folder: None) -> Path:
     """Write a Hugging Face model folder as a checkpoint of step 0 under `output`, and return its `iter_*` folder. It appears whole or not at all.
 
-    `dtype` is fp32, bf16 or fp16; None keeps what is there. Memory: twice the largest tensor of the checkpoint, or of a layer of it.
+    `dtype` is fp32, bf16 or fp16; None keeps what is there. `check` is given the finished folder before it has its name, and refuses it by raising.
+    Memory: twice the largest tensor of the checkpoint, or of a layer of it.
 
     Raises UsageError for a wrong dtype or an output that is in use, ConversionError for a folder that is damaged, incomplete or has what
     cannot be expressed, MachineError when the disk has no room.
@@ -90,6 +91,7 @@ def import_model(source: Path, output: Path, dtype: str | None = None) -> Path:
                 shutil.copyfile(path, temporary / f"{IMPORTED}{path.name}")
             write_json(temporary / DESCRIPTION, description)
             write_checksums(temporary, entries)
+            check(temporary)
             write_text(output / TRACKER, "0\n")  # before the folder has its name: killed in between, the same command begins anew
     except BaseException as error:
         if not folder.exists():  # a signal may have come when it just had its name

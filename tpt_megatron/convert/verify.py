@@ -53,10 +53,11 @@ class Verified:
     all_layers: bool
 
 
-def verify(checkpoint: Path, folder: Path, target: Literal["checkpoint", "hugging_face"]) -> Verified:
+def verify(checkpoint: Path, folder: Path, target: Literal["checkpoint", "hugging_face"], beside: Path | None = None) -> Verified:
     """Compare an `iter_*` folder and a model folder, of which `target` was made from the other. ConversionError, by name, for the first difference.
 
-    Logits are of the whole model where memory holds it six times in fp32, and else of a model of its first, middle and last layer.
+    Logits are of the whole model where memory holds it six times in fp32, and else of a model of its first, middle and last layer, which is written
+    beside `beside`, by default the target.
     MachineError where not even that fits.
     """
     record, reader, tensors = read_record(checkpoint), CheckpointReader(checkpoint), HuggingFaceTensors(folder)
@@ -70,14 +71,12 @@ def verify(checkpoint: Path, folder: Path, target: Literal["checkpoint", "huggin
     if len(layers) == record.model.num_layers:
         theirs, ours = _transformers_logits(folder, tokens, dtype), _megatron_logits(checkpoint, record.model, tokens, dtype)
     else:
-        beside = checkpoint if target == "checkpoint" else folder
+        beside = beside or (checkpoint if target == "checkpoint" else folder)
         with _temporary_folder(beside.with_name(f"{beside.name}.verify")) as temporary:
             theirs, ours = _logits_of_layers(temporary, layers, reader, record, tensors, family, tokens, dtype)
     difference, largest = float((theirs - ours).abs().max()), float(theirs.abs().max())
     if not difference <= BOUND * max(1.0, largest):
-        raise ConversionError(
-            f"{folder}: transformers' logits and megatron-core's of {checkpoint} differ by up to {difference:.2g} (largest {largest:.3g}); do not use it"
-        )
+        raise ConversionError(f"{folder}: transformers' logits and megatron-core's of {checkpoint} differ by up to {difference:.2g} (largest {largest:.3g})")
     return Verified(sum(len(piece.parts) for piece in table), difference, largest, layers, len(layers) == record.model.num_layers)
 
 

@@ -14,8 +14,9 @@ import orjson
 
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.config.watching import WatchConfig
+from tpt_megatron.convert.families import family_of
 from tpt_megatron.datasets import TokenDataset
-from tpt_megatron.errors import ConfigError, DataError, Stopped
+from tpt_megatron.errors import ConfigError, ConversionError, DataError, Stopped
 from tpt_megatron.files import read_json, write_json
 from tpt_megatron.log import Bar, progress_bar
 from tpt_megatron.mcore import groups
@@ -81,6 +82,8 @@ class Run:
             return
         rank_0 = layout.rank == 0
         description = groups.ask_rank_0(self._begin_records)
+        if rank_0:
+            _say_what_cannot_be_exported(config)
         with ExitStack() as stack:
             stack.callback(self._saving.close)
             stack.enter_context(self._stragglers)
@@ -287,6 +290,14 @@ def _resolve_vocabulary(config: TrainConfig, datasets: Mapping[str, TokenDataset
             raise ConfigError(f"model.vocab_size={given} is smaller than the vocabulary of {path}, {needed}; raise it")
         largest = max(largest, needed)
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": given or largest})})
+
+
+def _say_what_cannot_be_exported(config: TrainConfig) -> None:
+    """Warn of a model that has no Hugging Face format, which `tpt convert export` would say only when it is trained."""
+    try:
+        family_of(config.model)
+    except ConversionError as error:
+        log.warning("this model can be trained and continued, but not exported: %s", error)
 
 
 def _check_batch(config: TrainConfig, layout: groups.Layout) -> None:

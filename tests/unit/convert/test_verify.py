@@ -21,7 +21,7 @@ from tpt_megatron.convert import hugging_face, importing, verify
 from tpt_megatron.convert.export import export_checkpoint
 from tpt_megatron.convert.families.rules import GATE_UP, QKV, Fusion
 from tpt_megatron.convert.importing import import_model
-from tpt_megatron.errors import ConversionError, DataError, MachineError, Stopped
+from tpt_megatron.errors import ConversionError, DataError, MachineError
 
 # megatron-core's, of defaults of its own.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning", "FutureWarning")]
@@ -145,17 +145,20 @@ def test_what_no_config_json_has_is_not_compared(folders: Folders, tmp_path: Pat
     assert verify.verify(trained, export, "hugging_face").difference < 2e-5
 
 
-def test_a_signal_while_it_verifies_does_not_ask_for_what_would_be_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command again finds an output that is in use."""
-    _, checkpoint, export = folders("llama")
-
-    def stopped(*given: Any) -> None:
-        raise Stopped
-
-    monkeypatch.setattr(verify, "verify", stopped)
-    with pytest.raises(Stopped) as error:
-        cli._verify(checkpoint, export, "hugging_face")
-    assert str(error.value) == f"{export}: stopped by a signal before it was verified; it is whole, remove it and run the same command again to have that, too"
+def test_what_does_not_verify_gets_no_name_and_the_same_command_begins_anew(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, checkpoint, _ = folders("llama")
+    commands: dict[str, Callable[[], None]] = {
+        "imported": lambda: cli.import_(source, tmp_path / "imported", verify=True),
+        "exported": lambda: cli.export(checkpoint, tmp_path / "exported", verify=True),
+    }
+    for name, command in commands.items():
+        with monkeypatch.context() as strict:
+            strict.setattr(verify, "BOUND", -1.0)
+            with pytest.raises(ConversionError, match=rf"differ by up to .*{name}.*; nothing was kept|{name}.* differ by up to .*; nothing was kept"):
+                command()
+        assert [path.name for path in tmp_path.iterdir() if name in path.name] == []
+        command()
+        assert (tmp_path / name).is_dir()
 
 
 def test_a_tensor_too_many_is_named(folders: Folders, tmp_path: Path) -> None:
