@@ -260,6 +260,21 @@ def evaluate(config: ConfigName, overrides: Overrides = None) -> None:
         print(f"{step}{scores}")
 
 
+@app.command(epilog=_keys("losses"))
+def losses(config: ConfigName, overrides: Overrides = None) -> None:
+    """Say which tokens of documents are hard for a model, and which of them others have learned: by part, source and difficulty, and as a page."""
+    from tpt_megatron.config.load import load_config
+    from tpt_megatron.config.losses import LossesConfig
+
+    loaded = load_config(LossesConfig, config, overrides or ())
+    _require("torch", "transformers", extra="evaluate")
+    _require("matplotlib", "jinja2", extra="report")
+    from tpt_megatron.evaluate.losses_runner import losses_table, run_losses
+
+    _print_table(losses_table(run_losses(loaded)))
+    print(f"{loaded.output}: losses.html, losses.json, tokens.parquet")
+
+
 @app.command()
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders of the arms to compare; several runs of one arm are its seeds.")],
@@ -313,7 +328,7 @@ def demo(
 
 
 @app.command()
-def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate or experiment")]) -> None:
+def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate, losses or experiment")]) -> None:
     """List a stage's config keys with their types, defaults and meaning."""
     from tpt_megatron.config.load import describe_keys
 

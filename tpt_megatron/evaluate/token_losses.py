@@ -1,0 +1,136 @@
+"""The loss of every token of documents under a model: each document by itself, its first token left out, which nothing predicts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_sources
+from tpt_megatron.errors import DataError
+from tpt_megatron.quiet import quiet_transformers
+
+LOGITS_BYTES = 1 << 28
+"""Of a batch: its logits in fp32 and what is made of them are the most that a batch needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Some documents of a dataset, end to end: [n] each, one entry a token that a model predicts.
+
+    document  its number in the dataset
+    position  in the document, from 1
+    token     its id
+    part      PART_*
+    source    number in `sources`
+    """
+
+    document: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int32]
+    token: npt.NDArray[np.int64]
+    part: npt.NDArray[np.uint8]
+    source: npt.NDArray[np.uint16]
+    sources: list[str | None]
+    whole: list[npt.NDArray[np.int64]]
+    """The documents themselves, each with its first token."""
+    cut: int
+    """How many were longer than what is read of them."""
+
+
+def choose_documents(dataset: TokenDataset, count: int, longest: int) -> Documents:
+    """Take `count` documents, 0 for all, evenly through a dataset, and at most `longest` tokens of each. DataError where none has two tokens."""
+    usable = np.flatnonzero(np.asarray(dataset.lengths) > 1)
+    if not len(usable):
+        raise DataError(f"{dataset.prefix}: no document has two tokens, so that there is none to predict")
+    chosen = usable if not count or count >= len(usable) else usable[np.linspace(0, len(usable) - 1, count).round().astype(np.int64)]
+    sources, of_documents = open_sources(dataset)
+    lengths = np.minimum(np.asarray(dataset.lengths)[chosen], longest).astype(np.int64)
+    places = [slice(dataset.begin(int(document)), dataset.begin(int(document)) + int(length)) for document, length in zip(chosen, lengths, strict=True)]
+    parts = [np.full(length, PART_DOCUMENT, np.uint8) if dataset.parts is None else dataset.parts[place] for place, length in zip(places, lengths, strict=True)]
+    whole = [np.asarray(dataset.tokens[place]).astype(np.int64) for place in places]
+    return Documents(
+        document=np.repeat(chosen, lengths - 1),
+        position=np.concatenate([np.arange(1, length, dtype=np.int32) for length in lengths]),
+        token=np.concatenate([tokens[1:] for tokens in whole]),
+        part=np.concatenate([of_tokens[1:] for of_tokens in parts]),
+        source=np.repeat(np.zeros(len(chosen), np.uint16) if of_documents is None else np.asarray(of_documents[chosen]), lengths - 1),
+        sources=sources,
+        whole=whole,
+        cut=int((np.asarray(dataset.lengths)[chosen] > longest).sum()),
+    )
+
+
+@contextmanager
+def model_folder(path: Path, room: Path) -> Iterator[Path]:
+    """Yield a Hugging Face folder as it is; a checkpoint is exported to one under `room`, which vanishes."""
+    if (path / "config.json").is_file():
+        yield path
+        return
+    from tpt_megatron.convert.export import export_checkpoint
+
+    room.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".model.", dir=room) as temporary:
+        export_checkpoint(path, Path(temporary) / "hf")
+        yield Path(temporary) / "hf"
+
+
+def positions_of(folder: Path) -> int:
+    """Return how many tokens a model can read."""
+    with quiet_transformers():
+        return int(transformers.AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings)
+
+
+def token_losses(folder: Path, documents: Documents, dtype: str, advance: Callable[[int], None] = lambda tokens: None) -> npt.NDArray[np.float32]:
+    """Return the loss [n] of each token of `documents`, in nats, under the model of a folder. `advance` is told how many tokens each batch had.
+
+    DataError when the model cannot be loaded, or has fewer ids than the documents.
+    """
+    try:
+        with quiet_transformers():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    except Exception as error:  # noqa: BLE001  transformers and safetensors raise bare exceptions of many kinds for damage
+        raise DataError(f"{folder}: the model cannot be loaded ({(str(error).strip().splitlines() or [type(error).__name__])[0]})") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
+    vocabulary = int(model.config.vocab_size)
+    if (largest := max(int(tokens.max()) for tokens in documents.whole)) >= vocabulary:
+        raise DataError(f"{folder}: it has {vocabulary} ids and the documents have {largest}; it was trained with another tokenizer")
+    found: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(documents.whole)
+    for batch in _batches([len(tokens) for tokens in documents.whole], LOGITS_BYTES // (3 * 4 * vocabulary)):
+        for number, losses in zip(batch, _losses(model, [documents.whole[number] for number in batch], device), strict=True):
+            found[number] = losses
+        advance(sum(len(found[number]) for number in batch))
+    return np.concatenate(found)
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Yield the numbers of documents of like length, so many that they have at most `tokens` tokens when padded; one at least."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[number] > tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _losses(model: Any, documents: Sequence[npt.NDArray[np.int64]], device: torch.device) -> list[npt.NDArray[np.float32]]:
+    width = max(map(len, documents))
+    ids_bs = torch.zeros((len(documents), width), dtype=torch.int64)
+    mask_bs = torch.zeros_like(ids_bs)
+    for row, tokens in enumerate(documents):
+        ids_bs[row, : len(tokens)], mask_bs[row, : len(tokens)] = torch.from_numpy(tokens), 1
+    ids_bs, mask_bs = ids_bs.to(device), mask_bs.to(device)
+    logits_bsv = model(input_ids=ids_bs, attention_mask=mask_bs).logits[:, :-1].float()
+    losses_bs = torch.nn.functional.cross_entropy(logits_bsv.transpose(1, 2), ids_bs[:, 1:], reduction="none").cpu().numpy()
+    return [losses_bs[row, : len(tokens) - 1] for row, tokens in enumerate(documents)]
