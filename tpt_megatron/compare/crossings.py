@@ -212,7 +212,7 @@ def _student(freedom: int) -> float:
         return (2 * share - 1) * math.sqrt(2 / (4 * share * (1 - share)))
     z = NormalDist().inv_cdf(share)
     terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return math.fsum(term / freedom**power for power, term in enumerate(terms))
 
 
 @dataclass(frozen=True)

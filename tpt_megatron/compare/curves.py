@@ -1,4 +1,4 @@
-"""What runs say, arm by arm: curves of score over tokens, and how many tokens an arm needs for a score.
+"""What runs say, arm by arm: curves of score over tokens, and how many tokens an arm needs for a score (crossings.py says how sure that is).
 
 A score's mean curve is taken over an arm's runs (seeds) at the token counts that all of them were evaluated at.
 """
@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tpt_megatron.compare.crossings import INTERVAL, Crossings, Estimate, Resamples, crossings, resample, tokens_to
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import parse_json_line, read_json, read_lines
 
@@ -113,55 +116,29 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     return tuple(Point(tokens, sum(value[tokens] for value in values) / len(values)) for tokens in shared)
 
 
-def tokens_to_reach(curve: Curve, score: float) -> float | None:
-    """Return the tokens at which a curve first reaches a score, linear between its points; None when it never does.
-
-    A curve that starts at or above the score reached it at its first point at the latest.
-    """
-    for i, point in enumerate(curve):
-        if point.value >= score:
-            if i == 0:
-                return float(point.tokens)
-            before = curve[i - 1]
-            return before.tokens + (point.tokens - before.tokens) * (score - before.value) / (point.value - before.value)
-    return None
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Tokens that vanilla and another arm need for one score.
-
-    factor is vanilla's tokens by the arm's: 3 means that the arm needs a third. It is a lower bound when vanilla never reached
-    the score (then the tokens it saw are counted), or when the arm had reached it at its first checkpoint. None: the arm did
-    not reach the score, or vanilla had it at its first checkpoint, so that nobody knows when.
-    """
-
-    target: float
-    vanilla_tokens: float | None
-    arm_tokens: float | None
-    factor: float | None
-    is_lower_bound: bool
-
-
-def efficiency(vanilla: Curve, arm: Curve, target: float) -> Efficiency:
-    """Compare the tokens two mean curves need for a score. Both must have points."""
-    vanilla_tokens, arm_tokens = tokens_to_reach(vanilla, target), tokens_to_reach(arm, target)
-    if arm_tokens is None or vanilla[0].value >= target:
-        return Efficiency(target, vanilla_tokens, arm_tokens, None, False)
-    counted = vanilla_tokens if vanilla_tokens is not None else float(vanilla[-1].tokens)
-    return Efficiency(target, vanilla_tokens, arm_tokens, counted / arm_tokens, vanilla_tokens is None or arm[0].value >= target)
+def resamples(runs: Sequence[Run], task: str, name: str) -> Resamples | None:
+    """Return what an arm's mean curve might have been; None where its runs share no token count. The same name gives the same draws."""
+    scored = [run for run in runs if task in run.scores]
+    tokens = [point.tokens for point in mean_curve([run.scores[task] for run in scored])]
+    if not tokens:
+        return None
+    values = [{point.tokens: point.value for point in run.scores[task]} for run in scored]
+    scores = np.array([[value[at] for at in tokens] for value in values])
+    problems = np.array([[run.problems or 0] * len(tokens) for run in scored])
+    return resample(np.array(tokens, float), scores, problems, name)
 
 
 def compare_arms(runs: Sequence[Run], baseline: str = VANILLA) -> dict[str, Any]:
     """Return the comparison as plain data, as report.json holds it.
 
-    Per task and arm: every seed's curve, the mean, the best and the final score, the tokens to each threshold, and, where
-    the baseline was scored too, the efficiency at the baseline's final score and at each threshold.
+    Per task and arm: every seed's curve, the mean with a band, the best and the final score, the tokens to each threshold, and, where the baseline was
+    scored too, the efficiency at the baseline's final score and at each threshold. Estimates have bounds and an interval: `_estimate`.
     """
     arms = group_by_arm(runs)
     tasks = sorted({task for run in runs for task in run.scores})
     return {
-        "format": 1,
+        "format": 2,
+        "interval": INTERVAL,
         "baseline": baseline if baseline in arms else None,
         "arms": {arm: {"runs": [str(run.path) for run in members], "seeds": [run.seed for run in members]} for arm, members in arms.items()},
         "problems": sorted({run.problems for run in runs if run.problems is not None}),
@@ -171,10 +148,10 @@ def compare_arms(runs: Sequence[Run], baseline: str = VANILLA) -> dict[str, Any]
 
 
 def _compare_task(arms: dict[str, list[Run]], task: str, baseline: str) -> dict[str, Any]:
-    means = {arm: mean_curve([run.scores[task] for run in members if task in run.scores]) for arm, members in arms.items()}
-    vanilla = means.get(baseline, ())
+    drawn = {arm: found for arm, members in arms.items() if (found := resamples(members, task, f"{arm} {task}")) is not None}
+    vanilla = drawn.get(baseline)
     answers = _answers(arms.get(baseline, []))
-    return {arm: _compare_arm(arms[arm], task, mean, vanilla if arm != baseline else (), answers) for arm, mean in means.items() if mean}
+    return {arm: _compare_arm(arms[arm], task, found, vanilla if arm != baseline else None, answers) for arm, found in drawn.items()}
 
 
 def improved(curve: Curve, answers: int) -> bool:
@@ -189,22 +166,47 @@ def _answers(runs: Sequence[Run]) -> int:
     return sum(run.problems or 0 for run in runs)
 
 
-def _compare_arm(members: Sequence[Run], task: str, mean: Curve, vanilla: Curve, answers: int) -> dict[str, Any]:
+def _compare_arm(members: Sequence[Run], task: str, drawn: Resamples, baseline: Resamples | None, answers: int) -> dict[str, Any]:
     scored = [run for run in members if task in run.scores]
-    finals = [run.scores[task][-1].value for run in scored]
-    lengths = mean_curve([run.new_tokens[task] for run in scored])
+    mean = [[point.tokens, point.value] for point in _mean(drawn)]
+    low, high = drawn.band()
+    at_final = baseline is not None and improved(
+        tuple(Point(int(at), float(value)) for at, value in zip(baseline.tokens, baseline.mean[0], strict=True)), answers
+    )
     return {
-        "mean": [[point.tokens, point.value] for point in mean],
+        "mean": mean,
+        "band": [[float(below), float(above)] for below, above in zip(low, high, strict=True)],
         "seeds": [[[point.tokens, point.value] for point in run.scores[task]] for run in scored],
-        "mean_new_tokens": [[point.tokens, point.value] for point in lengths],
-        "final": mean[-1].value,
-        "final_by_seed": finals,
-        "best": max(point.value for point in mean),
-        "tokens": mean[-1].tokens,
-        "tokens_to": {str(threshold): tokens_to_reach(mean, threshold) for threshold in THRESHOLDS},
-        "efficiency_at_baseline_final": _as_data(efficiency(vanilla, mean, vanilla[-1].value)) if improved(vanilla, answers) else None,
-        "efficiency": {str(threshold): _as_data(efficiency(vanilla, mean, threshold)) for threshold in THRESHOLDS} if vanilla else None,
+        "mean_new_tokens": [[point.tokens, point.value] for point in mean_curve([run.new_tokens[task] for run in scored if task in run.new_tokens])],
+        "final": mean[-1][1],
+        "final_by_seed": [run.scores[task][-1].value for run in scored],
+        "best": max(value for _, value in mean),
+        "tokens": mean[-1][0],
+        "tokens_to": {str(threshold): _estimate(tokens_to(drawn, threshold)) for threshold in THRESHOLDS},
+        "efficiency_at_baseline_final": _efficiency(crossings(baseline, drawn, None)) if baseline is not None and at_final else None,
+        "efficiency": {str(threshold): _efficiency(crossings(baseline, drawn, threshold)) for threshold in THRESHOLDS} if baseline is not None else None,
     }
+
+
+def _mean(drawn: Resamples) -> Curve:
+    return tuple(Point(int(tokens), float(value)) for tokens, value in zip(drawn.tokens, drawn.mean[0], strict=True))
+
+
+def _efficiency(found: Crossings) -> dict[str, Any]:
+    return {
+        "target": found.target,
+        "baseline_tokens": _estimate(found.baseline.estimate()),
+        "arm_tokens": _estimate(found.arm.estimate()),
+        "factor": _estimate(found.factor()),
+        "not_reached": {"baseline": found.baseline.share_not_reached, "arm": found.arm.share_not_reached},
+    }
+
+
+def _estimate(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON holds it: low and high are equal where it is known, and null is no bound."""
+    ends = (found.low, found.high, *found.interval)
+    low, high, *interval = (value if 0 < value < math.inf else None for value in ends)
+    return {"kind": found.kind, "low": low, "high": high, "interval": interval}
 
 
 def _how_asked(scored: Sequence[Run]) -> list[str]:
@@ -223,10 +225,6 @@ def _how_asked(scored: Sequence[Run]) -> list[str]:
             listed = "; ".join(f"{arm}: \u201c{prompt}\u201d" for arm, prompt in prompts)
             said.append(f"On {name} the arms were asked with different prompts. {listed}.")
     return said
-
-
-def _as_data(value: Efficiency) -> dict[str, Any]:
-    return dict(vars(value))
 
 
 def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) -> list[str]:
@@ -256,5 +254,5 @@ def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) ->
             said.append(f"{baseline} did not improve on {task} by more than chance may explain, so no factor is given at its final score.")
     starts = [task for arm in arms.values() for run in arm for task in run.scores if run.scores[task][0].value >= THRESHOLDS[0]]
     if starts:
-        said.append("Some curve starts above a threshold already: its tokens to that threshold are those of its first checkpoint, an upper bound.")
+        said.append("Some curve starts above a threshold already: it was reached at its first checkpoint or before.")
     return said

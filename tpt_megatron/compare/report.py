@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -45,30 +45,61 @@ def render_html(comparison: dict[str, Any], runs: Sequence[Run], notes: str | No
 
 def headlines(comparison: dict[str, Any]) -> list[str]:
     """Return one plain sentence a task and arm: how many tokens it needs for the baseline's final score."""
+    baseline, share = comparison["baseline"], f"{comparison['interval']:.0%} interval"
     said = []
-    baseline = comparison["baseline"]
     for task, arms in comparison["tasks"].items():
         for arm, about in arms.items():
             found = about["efficiency_at_baseline_final"]
             if found is None:
                 continue
             score = f"{baseline}'s final score of {found['target']:.3f}"
-            if found["factor"] is None:
+            if found["arm_tokens"]["high"] is None:
                 said.append(f"{task}: {arm} did not reach {score} in {as_text(about['tokens'])} tokens.")
                 continue
-            least = "at least " if found["is_lower_bound"] else ""
-            said.append(
-                f"{task}: {arm} reaches {score} after {as_text(found['arm_tokens'])} tokens, {baseline} after {as_text(found['vanilla_tokens'])}: "
-                f"a data-efficiency factor of {least}{found['factor']:.2f}."
+            reached = (
+                f"{task}: {arm} reaches {score} after {_tokens_text(found['arm_tokens'])} tokens, {baseline} after {_tokens_text(found['baseline_tokens'])}"
             )
+            factor = estimate_text(found["factor"], _times)
+            said.append(f"{reached}: a data-efficiency factor of {factor} ({share} {interval_text(found['factor'], _times)}).")
     return said
 
 
+def estimate_text(found: dict[str, Any], show: Callable[[float], str]) -> str:
+    """Return a number, or the bounds that are known of it."""
+    low, high = found["low"], found["high"]
+    match found["kind"]:
+        case "estimate":
+            return show(low)
+        case "at_least":
+            return f"at least {show(low)}"
+        case "at_most":
+            return f"at most {show(high)}"
+        case "between":
+            return f"between {show(low)} and {show(high)}"
+    return "unknown size"
+
+
+def interval_text(found: dict[str, Any], show: Callable[[float], str]) -> str:
+    """Return an interval, whose sides may be open."""
+    low, high = found["interval"]
+    if low is None:
+        return "open" if high is None else f"up to {show(high)}"
+    return f"{show(low)} and more" if high is None else f"{show(low)} to {show(high)}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}"
+
+
 def factor_text(found: dict[str, Any] | None) -> str:
-    """Return an efficiency as a table's cell."""
-    if found is None or found["factor"] is None:
+    """Return an efficiency as a table's cell: the factor, and its interval."""
+    if found is None or found["factor"]["kind"] == "unknown":
         return "–"
-    return f"{'≥ ' if found['is_lower_bound'] else ''}{found['factor']:.2f}×"
+    factor = found["factor"]
+    sign = {"estimate": "", "at_least": "≥ ", "at_most": "≤ "}.get(factor["kind"])
+    shown = f"{_times(factor['low'])} – {_times(factor['high'])}×" if sign is None else f"{sign}{_times(factor['low'] or factor['high'])}×"
+    low, high = factor["interval"]
+    return f"{shown} ({'0' if low is None else _times(low)} – {'∞' if high is None else _times(high)})"
 
 
 def _task_section(task: str, arms: dict[str, Any], baseline: str | None, colours: Mapping[str, str]) -> dict[str, Any]:
@@ -85,13 +116,16 @@ def _task_section(task: str, arms: dict[str, Any], baseline: str | None, colours
         }
         for arm, about in arms.items()
     ]
-    scores = curve_figure({arm: (about["seeds"], about["mean"]) for arm, about in arms.items()}, "accuracy", colours, whole_range=True)
+    bands = {arm: about["band"] for arm, about in arms.items()}
+    scores = curve_figure({arm: (about["seeds"], about["mean"]) for arm, about in arms.items()}, "accuracy", colours, whole_range=True, bands=bands)
     lengths = curve_figure({arm: ([], about["mean_new_tokens"]) for arm, about in arms.items()}, "mean new tokens", colours, whole_range=False)
     return {"name": task, "rows": rows, "scores": scores, "lengths": lengths}
 
 
-def _tokens_text(tokens: float | None) -> str:
-    return NOT_REACHED if tokens is None else as_text(tokens)
+def _tokens_text(found: dict[str, Any]) -> str:
+    if found["high"] is None:
+        return NOT_REACHED
+    return estimate_text(found, as_text)
 
 
 def _reached_text(about: dict[str, Any], threshold: str) -> str:

@@ -31,7 +31,9 @@ def test_report_stands_alone_and_says_what_it_must(runs: list[Path], tmp_path: P
     result = run_compare(runs, tmp_path / "out", "Made-up <numbers>.\n\nSecond paragraph.")
     html = (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
-    assert result["headlines"] == ["direct: tpt reaches vanilla's final score of 0.600 after 40k tokens, vanilla after 100k: a data-efficiency factor of 2.50."]
+    (headline,) = result["headlines"]
+    said = r"direct: tpt reaches vanilla's final score of 0\.600 after 40k tokens, vanilla after 100k: a data-efficiency factor of 2\.50"
+    assert re.fullmatch(said + r" \(90% interval 2\.\d\d to [23]\.\d\d\)\.", headline), headline
     assert "data-efficiency factor of 2.50" in html
     assert "not comparable" in html
     assert "Made-up &lt;numbers&gt;." in html
@@ -62,7 +64,7 @@ def test_terminal_table_holds_scores_and_factors(runs: list[Path], tmp_path: Pat
         console.print(terminal_table(run_compare(runs, tmp_path / "out")))
         text = console.export_text()
     assert re.search(r"direct\W+tpt\W+50k\W+0\.800\W+35k\W+not reached", text)
-    assert "2.43×" in text
+    assert re.search(r"2\.43× \(2\.\d\d", text), text
 
 
 def test_long_curves_are_averaged_in_pieces() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fake_runs import write_run
 
-from tpt_megatron.compare.curves import Point, compare_arms, efficiency, group_by_arm, improved, mean_curve, read_run, tokens_to_reach
+from tpt_megatron.compare.curves import Point, compare_arms, group_by_arm, improved, mean_curve, read_run
 from tpt_megatron.errors import DataError
 
 
@@ -13,35 +13,9 @@ def curve(*points: tuple[int, float]) -> tuple[Point, ...]:
     return tuple(Point(tokens, value) for tokens, value in points)
 
 
-RISING = curve((100, 0.0), (200, 0.4), (300, 0.2), (400, 0.6))
-
-
-@pytest.mark.parametrize(("score", "tokens"), [(0.2, 150.0), (0.4, 200.0), (0.5, 375.0), (0.61, None), (0.0, 100.0), (-1.0, 100.0)])
-def test_first_crossing_is_interpolated(score: float, tokens: float | None) -> None:
-    assert tokens_to_reach(RISING, score) == (None if tokens is None else pytest.approx(tokens))
-
-
 def test_mean_is_taken_where_all_seeds_were_scored() -> None:
     assert mean_curve([curve((1, 0.0), (2, 0.4)), curve((2, 0.6), (3, 1.0))]) == curve((2, 0.5))
     assert mean_curve([]) == ()
-
-
-def test_factor_is_the_ratio_of_tokens() -> None:
-    found = efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.0), (200, 1.0)), 0.6)
-    assert (found.vanilla_tokens, found.arm_tokens, found.is_lower_bound) == (pytest.approx(400), pytest.approx(160), False)
-    assert found.factor == pytest.approx(2.5)
-
-
-def test_factor_is_a_lower_bound_where_vanilla_never_arrives_or_the_arm_starts_there() -> None:
-    found = efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.0), (200, 1.0)), 0.75)
-    assert (found.vanilla_tokens, found.factor, found.is_lower_bound) == (None, pytest.approx(400 / 175), True)
-    found = efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.7), (200, 1.0)), 0.6)
-    assert (found.factor, found.is_lower_bound) == (pytest.approx(4.0), True)
-
-
-def test_no_factor_where_nobody_knows() -> None:
-    assert efficiency(curve((100, 0.0), (400, 0.6)), curve((100, 0.0), (200, 0.3)), 0.6).factor is None
-    assert efficiency(curve((100, 0.5), (400, 0.6)), curve((100, 0.0), (200, 0.7)), 0.4).factor is None
 
 
 def test_arms_are_grouped_over_seeds_with_vanilla_first(tmp_path: Path) -> None:
@@ -55,11 +29,18 @@ def test_comparison_at_vanillas_final_score(tmp_path: Path) -> None:
     runs += [write_run(tmp_path / f"t{seed}", "tpt", seed, [(10_000, 0.1), (50_000, 0.5), (100_000, 1.0)]) for seed in (0, 1)]
     result = compare_arms([read_run(run) for run in runs])
     arm = result["tasks"]["direct"]["tpt"]
-    assert arm["efficiency_at_baseline_final"]["target"] == pytest.approx(0.55)
-    assert arm["efficiency_at_baseline_final"]["factor"] == pytest.approx(100_000 / 55_000)
-    assert arm["tokens_to"]["0.5"] == 50_000
-    assert result["tasks"]["direct"]["vanilla"]["final_by_seed"] == [0.5, 0.6]
-    assert result["tasks"]["direct"]["vanilla"]["tokens_to"]["0.9"] is None
+    found = arm["efficiency_at_baseline_final"]
+    assert found["target"] == pytest.approx(0.55)
+    assert (found["factor"]["kind"], found["factor"]["low"]) == ("estimate", pytest.approx(100_000 / 55_000))
+    low, high = found["factor"]["interval"]
+    assert 1 < low < found["factor"]["low"] < high < 4
+    assert found["not_reached"] == {"baseline": 0.0, "arm": 0.0}
+    assert (arm["tokens_to"]["0.5"]["kind"], arm["tokens_to"]["0.5"]["low"]) == ("estimate", pytest.approx(50_000))
+    vanilla = result["tasks"]["direct"]["vanilla"]
+    assert vanilla["final_by_seed"] == [0.5, 0.6]
+    assert vanilla["tokens_to"]["0.9"] == {"kind": "at_least", "low": 100_000, "high": None, "interval": [pytest.approx(100_000, rel=0.1), None]}
+    assert vanilla["efficiency"] is None
+    assert all(low <= value <= high for (_, value), (low, high) in zip(arm["mean"], arm["band"], strict=True))
     assert result["cautions"] == []
 
 
