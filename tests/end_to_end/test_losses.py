@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from tests.support.browser import check_page
 from tests.support.ranks import WarmRanks
 from tests.support.train_runs import preprocess_corpus, write_train_config
 from tpt_megatron.datasets import open_dataset
@@ -62,6 +63,7 @@ def test_a_run_and_a_model_side_by_side(work: Path, warm_ranks: WarmRanks) -> No
     page = (work / "losses/losses.html").read_text()
     assert page.count('class="tokens"') == 3 * 2
     assert not re.search(r"""(src|href)=["']https?:|<script|<link""", page)
+    check_page(work / "losses/losses.html", pictures=1)
     assert "difficulty 10" in ended.stdout
 
 

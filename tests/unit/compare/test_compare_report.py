@@ -15,6 +15,7 @@ pytest.importorskip("jinja2")
 from fake_runs import write_run
 from rich.console import Console
 
+from tests.support.browser import check_page
 from tpt_megatron.compare.figures import smooth
 from tpt_megatron.compare.report import terminal_table
 from tpt_megatron.compare.runner import run_compare
@@ -41,6 +42,11 @@ def test_report_stands_alone_and_says_what_it_must(runs: list[Path], tmp_path: P
     assert html.count("<svg") == 6  # score, length, four losses
     assert not re.search(r"""(src|href)=["']https?:""", html)
     assert not re.search(r"<(script|link|img)\b", html)
+
+
+def test_a_browser_shows_the_report_wide_and_narrow(runs: list[Path], tmp_path: Path) -> None:
+    run_compare(runs, tmp_path / "out", "Made-up numbers.")
+    check_page(tmp_path / "out" / "report.html", pictures=6)
 
 
 def test_same_runs_give_the_same_report(runs: list[Path], tmp_path: Path) -> None:
