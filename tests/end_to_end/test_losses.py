@@ -45,6 +45,7 @@ def write_config(work: Path, **changes: object) -> str:
 
 
 def test_a_run_and_a_model_side_by_side(work: Path, warm_ranks: WarmRanks) -> None:
+    (work / "losses/.model.killed/hf").mkdir(parents=True)  # as a run that was killed leaves it
     ended = warm_ranks.run("losses", write_config(work))
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert sorted(path.name for path in (work / "losses").iterdir()) == ["losses.html", "losses.json", "tokens.parquet"]

@@ -22,6 +22,10 @@ LOGITS_BYTES = 1 << 28
 """Of a batch: its logits in fp32 and what is made of them are the most that a batch needs."""
 
 
+EXPORTED = ".model."
+"""How folders begin that a checkpoint is exported to while it is asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Documents:
     """Some documents of a dataset, end to end: [n] each, one entry a token that a model predicts.
@@ -77,7 +81,7 @@ def model_folder(path: Path, room: Path) -> Iterator[Path]:
     from tpt_megatron.convert.export import export_checkpoint
 
     room.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".model.", dir=room) as temporary:
+    with tempfile.TemporaryDirectory(prefix=EXPORTED, dir=room) as temporary:
         export_checkpoint(path, Path(temporary) / "hf")
         yield Path(temporary) / "hf"
 
