@@ -280,13 +280,16 @@ def compare(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders of the arms to compare; several runs of one arm are its seeds.")],
     output: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")],
     notes: Annotated[str | None, typer.Option(help="A sentence on what the comparison does and does not show.")] = None,
+    costs: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="plan.json of tpt experiment: count FLOPs, too, those of the generator among them.")
+    ] = None,
 ) -> None:
     """Compare runs: curves, scores against tokens, and how many fewer tokens thinking needed."""
     _require("matplotlib", "jinja2", extra="report")
     from tpt_megatron.compare.report import terminal_table
     from tpt_megatron.compare.runner import run_compare
 
-    comparison = run_compare(run_dirs, output, notes)
+    comparison = run_compare(run_dirs, output, notes, costs)
     _print_table(terminal_table(comparison))
     print(f"report: {output / 'report.html'}")
 

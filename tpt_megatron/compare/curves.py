@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tpt_megatron.compare.costs import ArmCost
 from tpt_megatron.compare.crossings import INTERVAL, Crossings, Estimate, Resamples, crossings, resample, tokens_to
 from tpt_megatron.errors import DataError
 from tpt_megatron.files import parse_json_line, read_json, read_lines
@@ -128,11 +129,12 @@ def resamples(runs: Sequence[Run], task: str, name: str) -> Resamples | None:
     return resample(np.array(tokens, float), scores, problems, name)
 
 
-def compare_arms(runs: Sequence[Run], baseline: str = VANILLA) -> dict[str, Any]:
+def compare_arms(runs: Sequence[Run], baseline: str = VANILLA, costs: Mapping[str, ArmCost] | None = None) -> dict[str, Any]:
     """Return the comparison as plain data, as report.json holds it.
 
     Per task and arm: every seed's curve, the mean with a band, the best and the final score, the tokens to each threshold, and, where the baseline was
-    scored too, the efficiency at the baseline's final score and at each threshold. Estimates have bounds and an interval: `_estimate`.
+    scored too, the efficiency at the baseline's final score and at each threshold, in tokens and, for arms whose `costs` are known, in FLOPs. Estimates
+    have bounds and an interval: `_estimate`.
     """
     arms = group_by_arm(runs)
     tasks = sorted({task for run in runs for task in run.scores})
@@ -142,16 +144,19 @@ def compare_arms(runs: Sequence[Run], baseline: str = VANILLA) -> dict[str, Any]
         "baseline": baseline if baseline in arms else None,
         "arms": {arm: {"runs": [str(run.path) for run in members], "seeds": [run.seed for run in members]} for arm, members in arms.items()},
         "problems": sorted({run.problems for run in runs if run.problems is not None}),
-        "tasks": {task: _compare_task(arms, task, baseline) for task in tasks},
+        "tasks": {task: _compare_task(arms, task, baseline, costs or {}) for task in tasks},
         "cautions": _cautions(arms, runs, baseline),
     }
 
 
-def _compare_task(arms: dict[str, list[Run]], task: str, baseline: str) -> dict[str, Any]:
+def _compare_task(arms: dict[str, list[Run]], task: str, baseline: str, costs: Mapping[str, ArmCost]) -> dict[str, Any]:
     drawn = {arm: found for arm, members in arms.items() if (found := resamples(members, task, f"{arm} {task}")) is not None}
     vanilla = drawn.get(baseline)
     answers = _answers(arms.get(baseline, []))
-    return {arm: _compare_arm(arms[arm], task, found, vanilla if arm != baseline else None, answers) for arm, found in drawn.items()}
+    return {
+        arm: _compare_arm(arms[arm], task, found, vanilla if arm != baseline else None, answers, (costs.get(baseline), costs.get(arm)))
+        for arm, found in drawn.items()
+    }
 
 
 def improved(curve: Curve, answers: int) -> bool:
@@ -166,7 +171,9 @@ def _answers(runs: Sequence[Run]) -> int:
     return sum(run.problems or 0 for run in runs)
 
 
-def _compare_arm(members: Sequence[Run], task: str, drawn: Resamples, baseline: Resamples | None, answers: int) -> dict[str, Any]:
+def _compare_arm(
+    members: Sequence[Run], task: str, drawn: Resamples, baseline: Resamples | None, answers: int, costs: tuple[ArmCost | None, ArmCost | None]
+) -> dict[str, Any]:
     scored = [run for run in members if task in run.scores]
     mean = [[point.tokens, point.value] for point in _mean(drawn)]
     low, high = drawn.band()
@@ -183,8 +190,11 @@ def _compare_arm(members: Sequence[Run], task: str, drawn: Resamples, baseline: 
         "best": max(value for _, value in mean),
         "tokens": mean[-1][0],
         "tokens_to": {str(threshold): _estimate(tokens_to(drawn, threshold)) for threshold in THRESHOLDS},
-        "efficiency_at_baseline_final": _efficiency(crossings(baseline, drawn, None)) if baseline is not None and at_final else None,
-        "efficiency": {str(threshold): _efficiency(crossings(baseline, drawn, threshold)) for threshold in THRESHOLDS} if baseline is not None else None,
+        "efficiency_at_baseline_final": _efficiency(crossings(baseline, drawn, None), *costs) if baseline is not None and at_final else None,
+        "efficiency": {str(threshold): _efficiency(crossings(baseline, drawn, threshold), *costs) for threshold in THRESHOLDS}
+        if baseline is not None
+        else None,
+        "cost": None if costs[1] is None else [[float(costs[1](np.array([tokens]))[0]), value] for tokens, value in mean],
     }
 
 
@@ -192,12 +202,13 @@ def _mean(drawn: Resamples) -> Curve:
     return tuple(Point(int(tokens), float(value)) for tokens, value in zip(drawn.tokens, drawn.mean[0], strict=True))
 
 
-def _efficiency(found: Crossings) -> dict[str, Any]:
+def _efficiency(found: Crossings, baseline_cost: ArmCost | None, arm_cost: ArmCost | None) -> dict[str, Any]:
     return {
         "target": found.target,
         "baseline_tokens": _estimate(found.baseline.estimate()),
         "arm_tokens": _estimate(found.arm.estimate()),
         "factor": _estimate(found.factor()),
+        "factor_of_flops": None if baseline_cost is None or arm_cost is None else _estimate(found.factor(baseline_cost, arm_cost)),
         "not_reached": {"baseline": found.baseline.share_not_reached, "arm": found.arm.share_not_reached},
     }
 

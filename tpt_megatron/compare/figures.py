@@ -23,9 +23,18 @@ def arm_colours(arms: Iterable[str]) -> dict[str, str]:
 
 
 def curve_figure(
-    arms: Mapping[str, tuple[Sequence[Line], Line]], label: str, colours: Mapping[str, str], *, whole_range: bool, bands: Mapping[str, Line] | None = None
+    arms: Mapping[str, tuple[Sequence[Line], Line]],
+    label: str,
+    colours: Mapping[str, str],
+    *,
+    whole_range: bool,
+    bands: Mapping[str, Line] | None = None,
+    along: str = "training tokens",
 ) -> str:
-    """Return an SVG of each arm's seeds and mean over tokens. `whole_range` shows values from 0 to 1, for accuracies. bands: [low, high] along each mean."""
+    """Return an SVG of each arm's seeds and mean over tokens, or what `along` says.
+
+    `whole_range` shows values from 0 to 1, for accuracies. bands: [low, high] along each mean.
+    """
     # svg.hashsalt and no date: the same runs give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tpt", "font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
@@ -38,7 +47,7 @@ def curve_figure(
                 axes.fill_between([point[0] for point in mean], *_columns(bands[arm]), color=colour, alpha=0.12, linewidth=0)
             marker = "o" if len(mean) <= 30 else None
             axes.plot(*_columns(mean), color=colour, linewidth=2.2, label=arm, marker=marker, markersize=3.5)
-        axes.set_xlabel("training tokens")
+        axes.set_xlabel(along)
         axes.set_ylabel(label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if whole_range:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tpt_megatron import __version__
 from tpt_megatron.compare.curves import THRESHOLDS, Run, group_by_arm, mean_curve
-from tpt_megatron.compare.figures import arm_colours, as_text, curve_figure, smooth
+from tpt_megatron.compare.figures import Line, arm_colours, as_text, curve_figure, smooth
 
 TERMINAL_THRESHOLDS = (0.5, 0.9)
 NOT_REACHED = "not reached"
@@ -61,6 +61,11 @@ def headlines(comparison: dict[str, Any]) -> list[str]:
             )
             factor = estimate_text(found["factor"], _times)
             said.append(f"{reached}: a data-efficiency factor of {factor} ({share} {interval_text(found['factor'], _times)}).")
+            if (flops := found["factor_of_flops"]) is not None:
+                said.append(
+                    f"{task}: counted in FLOPs, those that wrote the thoughts included, the factor is {estimate_text(flops, _times)} "
+                    f"({share} {interval_text(flops, _times)})."
+                )
     return said
 
 
@@ -91,11 +96,11 @@ def _times(value: float) -> str:
     return f"{value:.2f}"
 
 
-def factor_text(found: dict[str, Any] | None) -> str:
-    """Return an efficiency as a table's cell: the factor, and its interval."""
-    if found is None or found["factor"]["kind"] == "unknown":
+def factor_text(found: dict[str, Any] | None, of: str = "factor") -> str:
+    """Return an efficiency as a table's cell: the factor, and its interval. of: `factor`, of tokens, or `factor_of_flops`."""
+    factor = None if found is None else found[of]
+    if factor is None or factor["kind"] == "unknown":
         return "–"
-    factor = found["factor"]
     sign = {"estimate": "", "at_least": "≥ ", "at_most": "≤ "}.get(factor["kind"])
     shown = f"{_times(factor['low'])} – {_times(factor['high'])}×" if sign is None else f"{sign}{_times(factor['low'] or factor['high'])}×"
     low, high = factor["interval"]
@@ -112,6 +117,7 @@ def _task_section(task: str, arms: dict[str, Any], baseline: str | None, colours
             "spread": f"{min(about['final_by_seed']):.3f} – {max(about['final_by_seed']):.3f}" if len(about["seeds"]) > 1 else "–",
             "tokens": as_text(about["tokens"]),
             "factor": factor_text(about["efficiency_at_baseline_final"]),
+            "factor_of_flops": factor_text(about["efficiency_at_baseline_final"], "factor_of_flops"),
             "tokens_to": [(_tokens_text(about["tokens_to"][str(t)]), factor_text((about["efficiency"] or {}).get(str(t)))) for t in THRESHOLDS],
         }
         for arm, about in arms.items()
@@ -119,7 +125,9 @@ def _task_section(task: str, arms: dict[str, Any], baseline: str | None, colours
     bands = {arm: about["band"] for arm, about in arms.items()}
     scores = curve_figure({arm: (about["seeds"], about["mean"]) for arm, about in arms.items()}, "accuracy", colours, whole_range=True, bands=bands)
     lengths = curve_figure({arm: ([], about["mean_new_tokens"]) for arm, about in arms.items()}, "mean new tokens", colours, whole_range=False)
-    return {"name": task, "rows": rows, "scores": scores, "lengths": lengths}
+    costs: dict[str, tuple[Sequence[Line], Line]] = {arm: ([], about["cost"]) for arm, about in arms.items() if about["cost"] is not None}
+    spent = curve_figure(costs, "accuracy", colours, whole_range=True, along="FLOPs of training and of writing the thoughts") if costs else None
+    return {"name": task, "rows": rows, "scores": scores, "costs": spent, "lengths": lengths}
 
 
 def _tokens_text(found: dict[str, Any]) -> str:

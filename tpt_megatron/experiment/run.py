@@ -17,6 +17,7 @@ from tpt_megatron.experiment.plan import PlannedArm, plan_experiment, run_config
 from tpt_megatron.files import read_json, write_json, write_text
 from tpt_megatron.log import console
 
+PLAN = "plan.json"
 FREE = ("seeds", "match", "notes", "evaluate_with", "ranks")
 """Keys that may change when an experiment goes on: they add runs, or change none."""
 
@@ -31,7 +32,7 @@ def prepare(config: ExperimentConfig) -> list[PlannedArm]:
     for arm, seed in _runs(config, planned):
         values = run_config(config, arm, seed).model_dump(mode="json", exclude_defaults=True)
         write_text(_config_path(config, arm, seed), yaml.safe_dump(values, sort_keys=False, width=160))
-    write_json(config.output / "plan.json", {"experiment": config.model_dump(mode="json"), "arms": [_as_data(arm) for arm in planned]})
+    write_json(config.output / PLAN, {"experiment": config.model_dump(mode="json"), "arms": [_as_data(arm) for arm in planned]})
     script = (f"# {title}\n{shlex.join(command)}\n" for title, command in _commands(config, planned))
     write_text(config.output / "commands.sh", "#!/bin/sh\nset -e\n" + "".join(script))
     return planned
@@ -82,8 +83,9 @@ def _commands(config: ExperimentConfig, planned: list[PlannedArm]) -> Iterator[t
             yield f"Evaluate: {what}, every checkpoint", commands.tpt("evaluate", evaluation, *settings)
     for match in config.match:
         folders = [str(run_dir(config, arm, seed)) for arm in planned if arm.match == match for seed in config.seeds]
+        costs = [] if config.generator is None else ["--costs", str(config.output / PLAN)]
         notes = [] if config.notes is None else ["--notes", config.notes]
-        yield f"Compare: equal {match}", commands.tpt("compare", *folders, "--output", str(report_folder(config.output, match)), *notes)
+        yield f"Compare: equal {match}", commands.tpt("compare", *folders, "--output", str(report_folder(config.output, match)), *costs, *notes)
 
 
 def report_folder(output: Path, match: str) -> Path:
@@ -97,7 +99,7 @@ def _config_path(config: ExperimentConfig, arm: PlannedArm, seed: int) -> Path:
 
 def _claim(config: ExperimentConfig) -> None:
     """Refuse a folder that holds another experiment (ConfigError)."""
-    path = config.output / "plan.json"
+    path = config.output / PLAN
     if not path.is_file():
         return
     before, now = read_json(path)["experiment"], config.model_dump(mode="json")

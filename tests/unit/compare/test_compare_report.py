@@ -19,7 +19,7 @@ from tests.support.browser import check_page
 from tpt_megatron.compare.figures import smooth
 from tpt_megatron.compare.report import terminal_table
 from tpt_megatron.compare.runner import run_compare
-from tpt_megatron.errors import MachineError, UsageError
+from tpt_megatron.errors import DataError, MachineError, UsageError
 
 
 @pytest.fixture
@@ -47,6 +47,24 @@ def test_report_stands_alone_and_says_what_it_must(runs: list[Path], tmp_path: P
 def test_a_browser_shows_the_report_wide_and_narrow(runs: list[Path], tmp_path: Path) -> None:
     run_compare(runs, tmp_path / "out", "Made-up numbers.")
     check_page(tmp_path / "out" / "report.html", pictures=6)
+
+
+def test_costs_are_counted_where_a_plan_says_them(runs: list[Path], tmp_path: Path) -> None:
+    """tpt needs 40k tokens of 1,000 FLOPs each and half the thoughts of an epoch of 80k tokens, 100 MFLOPs: 90 in all. Vanilla's 100k tokens are 100."""
+    arms = [
+        {"arm": "vanilla", "match": "tokens", "tokens": 100_000, "epochs": 0.5, "train_flops": 1e8, "generator_flops": 0.0},
+        {"arm": "tpt", "match": "tokens", "tokens": 100_000, "epochs": 1.25, "train_flops": 1e8, "generator_flops": 1e8},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps({"arms": arms}))
+    result = run_compare(runs, tmp_path / "out", costs=tmp_path / "plan.json")
+    found = result["tasks"]["direct"]["tpt"]["efficiency_at_baseline_final"]["factor_of_flops"]
+    assert (found["kind"], found["low"]) == ("estimate", pytest.approx(100 / 90))
+    assert "counted in FLOPs, those that wrote the thoughts included, the factor is 1.11 (90% interval" in result["headlines"][1]
+    assert result["tasks"]["direct"]["tpt"]["cost"] == [[pytest.approx(2.25e7), 0.0], [pytest.approx(1.125e8), pytest.approx(0.8)]]
+    check_page(tmp_path / "out" / "report.html", pictures=7)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match=r"plan\.json: not the plan\.json that tpt experiment writes"):
+        run_compare(runs, tmp_path / "out", costs=tmp_path / "plan.json")
 
 
 def test_same_runs_give_the_same_report(runs: list[Path], tmp_path: Path) -> None:
