@@ -7,7 +7,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def export_checkpoint(
     shards = plan_shards(table, DTYPES[kept].itemsize, shard_bytes)
     remove_stale_neighbours(output)
     check_room(output, sum(shard.bytes for shard in shards))
-    check_files(folder)
     try:
         with whole_folder(output) as temporary:
-            _write_tensors(temporary, reader, record, shards, DTYPES[kept])
+            with files_checked(folder):
+                _write_tensors(temporary, reader, record, shards, DTYPES[kept])
             _write_configs(temporary, folder, family, record, DTYPES[kept], source)
             write_text(temporary / "README.md", model_card(record, folder.resolve().name, table, is_imported=source is not None))
             check(folder, temporary)
@@ -93,11 +94,38 @@ def export_checkpoint(
     return folder
 
 
-def check_files(folder: Path) -> None:
-    """Compare a checkpoint's files with their checksums, where it has any (CheckpointError): torch reads a flipped bit as another number."""
+@contextmanager
+def files_checked(folder: Path) -> Iterator[None]:
+    """Compare a checkpoint's files with their checksums, where it has any, while the block runs: torch reads a flipped bit as another number.
+
+    Raises CheckpointError after the block, or in place of the one that the block raised on a damaged file.
+    """
     entries = read_checksums(folder) or []
-    with progress_bar("checking", total=sum(entry.bytes for entry in entries) / 1e9) as bar:
-        problems = damages(folder, entries, sha256=lambda path: sha256_of(path, lambda count: bar.advance(count / 1e9)))
+    is_ending = threading.Event()
+
+    def sha256(path: Path) -> str:
+        try:
+            return sha256_of(path, go_on)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    def go_on(count: int) -> None:
+        if is_ending.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(damages, folder, entries, sha256=sha256)
+        try:
+            yield
+        except CheckpointError:
+            if not (problems := checked.result()):
+                raise
+        except BaseException:
+            is_ending.set()
+            raise
+        else:
+            with progress_bar("checking", total=None):
+                problems = checked.result()
     if problems:
         raise CheckpointError(f"{problems[0]}; export another one")
 

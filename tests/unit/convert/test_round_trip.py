@@ -184,7 +184,7 @@ def test_a_config_that_is_written_is_read_as_the_same_model(model_type: str, sca
     assert theirs.config.rope_parameters["rope_theta"] == 2e6
 
 
-def test_a_bit_that_flipped_since_is_found_before_anything_is_written(tmp_path: Path, sources: Any) -> None:
+def test_a_bit_that_flipped_since_is_found_and_nothing_is_left(tmp_path: Path, sources: Any) -> None:
     """torch reads it as another number."""
     folder = import_model(sources("llama"), tmp_path / "checkpoints")
     for name in ("__0_0.distcp", "hugging_face.tokenizer.json"):
