@@ -108,7 +108,7 @@ def _answer_tensor_methods() -> None:
         answer = real_type(self, *args, **kwargs)
         asked_by = sys._getframe(1).f_globals.get("__name__", "")
         if isinstance(answer, str) and asked_by.startswith("megatron.core."):
-            return answer.replace("torch.", "torch.cuda.", 1)
+            return answer.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)  # meta: of simulated ranks
         return answer
 
     tensor.type = type_of

@@ -70,6 +70,17 @@ def join(parallel: ParallelConfig) -> Layout:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         dist.init_process_group(backend, store=_store_of_this_attempt(), rank=int(os.environ["RANK"]), world_size=world_size)
+    make(parallel)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def make(parallel: ParallelConfig) -> None:
+    """Make megatron-core's groups of the ranks that there are."""
     parallel_state.initialize_model_parallel(
         parallel.tensor_parallel,
         parallel.pipeline_parallel,
@@ -77,12 +88,6 @@ def join(parallel: ParallelConfig) -> Layout:
         context_parallel_size=parallel.context_parallel,
         expert_model_parallel_size=parallel.expert_parallel,
         create_gloo_process_groups=False,
-    )
-    return Layout(
-        rank=dist.get_rank(),
-        world_size=world_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
 
 
