@@ -317,6 +317,65 @@ def experiment(
         carry_out(loaded, planned)
 
 
+@app.command(epilog="CONFIG: of `tpt train`; of `tpt experiment`, for all of its runs; or of `tpt augment`, for its estimate on so many GPUs.")
+def plan(
+    config: ConfigName,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, metavar="N", help="GPUs, all nodes together.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h100-nvl, h200, a100 or a100-40gb.")] = "h100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The model FLOP/s utilisation that time is reckoned with.")] = 0.4,
+    search: Annotated[bool, typer.Option("--search", help="Rank the layouts that fit, and print the overrides of the first one.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run takes before a GPU is touched: whether its layout is possible and fits, memory of each stage, steps, time, checkpoints.
+
+    Exit code 2 when it is impossible, or does not fit. Nothing is trained, and no GPU needed.
+    """
+    from tpt_megatron.config.load import read_config
+    from tpt_megatron.errors import UsageError
+
+    _require("torch", "megatron.core", "psutil", extra="train")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are simulated without one
+    from tpt_megatron.launch import planning
+    from tpt_megatron.launch.gpus import find_gpu
+
+    chip, kind = find_gpu(gpu), planning.kind_of(read_config(config, overrides or ())[0])
+    if kind != "train" and (search or as_json):
+        raise UsageError(f"--search and --json are for configs of tpt train, and {config} is one of tpt {kind}")
+    if kind == "augment":
+        _plan_augment(config, [*(overrides or ()), f"cost.gpus={world_size}"])
+        return
+    if kind == "experiment":
+        from tpt_megatron.config.experiment import ExperimentConfig
+        from tpt_megatron.config.load import load_config
+
+        training, planned, tables = planning.plan_arms(load_config(ExperimentConfig, config, overrides or ()), world_size, chip, mfu)
+    elif kind == "train":
+        training = planning.planned_run(config, overrides or ())
+        if search:
+            table, found = planning.plan_search(training, world_size, chip, mfu)
+            _print_table(table)
+            print(" ".join(found))
+            return
+        planned, tables = planning.plan_run(training, world_size, chip, mfu)
+        if as_json:
+            print(planning.as_json(planned, chip))
+            tables = []
+    else:
+        raise UsageError(f"{config}: a config of tpt {kind} has nothing to plan; give one of tpt train, experiment or augment")
+    for table in tables:
+        _print_table(table)
+    planning.refuse_what_does_not_fit(training, planned, chip)
+
+
+def _plan_augment(config: str, overrides: list[str]) -> None:
+    from tpt_megatron.augment.sample import run_estimate
+    from tpt_megatron.config.augment import AugmentConfig
+    from tpt_megatron.config.load import load_config
+
+    _print_table(run_estimate(load_config(AugmentConfig, config, overrides)))
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demonstration makes.")] = Path("demo-output"),

@@ -52,7 +52,7 @@ def headlines(comparison: dict[str, Any]) -> list[str]:
             found = about["efficiency_at_baseline_final"]
             if found is None:
                 continue
-            score = f"{baseline}'s final score of {found['target']:.3f}"
+            score = f"{baseline}'s final score of {found['target']:.3f} on the fitted curve"
             if found["arm_tokens"]["high"] is None:
                 said.append(f"{task}: {arm} did not reach {score} in {as_text(about['tokens'])} tokens.")
                 continue

@@ -41,6 +41,11 @@ def load_config(kind: type[SomeConfig], name: str, overrides: Sequence[str] = ()
 
     Raises ConfigError for a missing file, broken YAML, an unknown key, a wrong type or an impossible combination.
     """
+    return check_config(kind, *read_config(name, overrides))
+
+
+def read_config(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Return what a YAML file or a recipe says, unchecked, with overrides, and what it is called in messages; ConfigError as `load_config`."""
     text, origin = _read(name)
     try:
         values = yaml.safe_load(text)
@@ -53,7 +58,7 @@ def load_config(kind: type[SomeConfig], name: str, overrides: Sequence[str] = ()
         raise ConfigError(f"{origin}: a config is a mapping of keys to values, found a {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    return check_config(kind, values, origin)
+    return values, origin
 
 
 def check_config(kind: type[SomeConfig], values: dict[str, Any], origin: str) -> SomeConfig:

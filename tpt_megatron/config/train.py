@@ -18,6 +18,7 @@ from tpt_megatron.config.optimizer import OptimizerConfig
 from tpt_megatron.config.parallel import ParallelConfig
 from tpt_megatron.config.progress import BatchRamp, Progress
 from tpt_megatron.config.watching import FaultConfig, WatchConfig
+from tpt_megatron.errors import ConfigError
 
 
 class TrainConfig(Config):
@@ -121,6 +122,24 @@ class TrainConfig(Config):
             return self.optimizer.decay_steps or 0
         # Counted from the end, where batches are full.
         return -(-tokens // (self.global_batch_sequences * self.data.sequence_length))
+
+    def check_batches(self, data_parallel: int) -> None:
+        """Raise ConfigError for a batch that so many data-parallel ranks cannot share."""
+        unit = self.micro_batch_sequences * data_parallel
+        for batch in reversed(self.progress.batches):
+            if batch % unit:
+                which = f"global_batch_sequences={batch}" if batch == self.global_batch_sequences else f"batch_ramp: a batch of {batch}"
+                raise ConfigError(
+                    f"{which} is not a multiple of micro_batch_sequences={self.micro_batch_sequences} "
+                    f"x {data_parallel} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, batch // unit * unit)}"
+                    f" and {(batch // unit + 1) * unit}"
+                )
+            stages = self.parallel.pipeline_parallel
+            if self.parallel.virtual_pipeline > 1 and batch // unit % stages:
+                raise ConfigError(
+                    f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} needs micro-batches in multiples of parallel.pipeline_parallel={stages}, "
+                    f"and a batch of {batch} gives each data-parallel rank {batch // unit}; make it a multiple of {stages * unit}, or virtual_pipeline=1"
+                )
 
     def _lengths_fit(self) -> None:
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]

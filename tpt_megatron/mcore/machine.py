@@ -24,16 +24,21 @@ def check_machine(config: TrainConfig) -> None:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
         raise MachineError(f"training on CUDA needs Transformer Engine, which does not import here: {error}; see docs/architecture.md") from None
+    check_supported_on_cuda(config)
+    if config.fp8 != "none":
+        can, why = _fp8_support(config.fp8)
+        if not can:
+            raise MachineError(f"fp8={config.fp8} cannot be done here: {why}; choose another recipe, or fp8=none")
+
+
+def check_supported_on_cuda(config: TrainConfig) -> None:
+    """Raise ConfigError for what no GPU is supported to do, wherever this runs."""
     if config.data.attention == "document" and config.parallel.context_parallel > 1:
         # Transformer Engine cuts every document among the ranks, so that each would have to be padded to a multiple of twice their number.
         raise ConfigError(
             f"data.attention=document with parallel.context_parallel={config.parallel.context_parallel} is not supported on CUDA; "
             "set data.attention=sequence, or context_parallel=1"
         )
-    if config.fp8 != "none":
-        can, why = _fp8_support(config.fp8)
-        if not can:
-            raise MachineError(f"fp8={config.fp8} cannot be done here: {why}; choose another recipe, or fp8=none")
 
 
 def _fp8_support(recipe: str) -> tuple[bool, str]:

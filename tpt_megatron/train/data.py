@@ -160,6 +160,19 @@ def open_run_data(config: TrainConfig) -> RunData:
     return RunData(config, {path: datasets[path] for path in data.train_paths}, datasets, train, validation, with_parts, kinds)
 
 
+def resolve_vocabulary(config: TrainConfig, datasets: Mapping[str, TokenDataset]) -> TrainConfig:
+    """Return the config with model.vocab_size set: the largest of the datasets', or the config's where it is large enough."""
+    given, largest = config.model.vocab_size, 0
+    for path, dataset in datasets.items():
+        if not given and dataset.details is None:
+            raise ConfigError(f"model.vocab_size=0 takes the dataset's vocabulary, but {path} has no manifest that states one; give model.vocab_size")
+        needed = dataset.largest_token() + 1 if dataset.details is None else int(dataset.details["vocabulary_size"])
+        if given and given < needed:
+            raise ConfigError(f"model.vocab_size={given} is smaller than the vocabulary of {path}, {needed}; raise it")
+        largest = max(largest, needed)
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": given or largest})})
+
+
 def _in_steps(config: TrainConfig, stream: Stream) -> TrainConfig:
     """Return the config with its length in steps, where it is given in epochs."""
     if config.epochs is None:

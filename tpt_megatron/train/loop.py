@@ -15,14 +15,13 @@ import orjson
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.config.watching import WatchConfig
 from tpt_megatron.convert.families import family_of
-from tpt_megatron.datasets import TokenDataset
-from tpt_megatron.errors import ConfigError, ConversionError, DataError, Stopped
+from tpt_megatron.errors import ConversionError, DataError, Stopped
 from tpt_megatron.files import read_json, write_json
 from tpt_megatron.log import Bar, progress_bar
 from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 from tpt_megatron.mcore.model import count_parameters
-from tpt_megatron.train.data import Batches, RunData, open_run_data, step_batches
+from tpt_megatron.train.data import Batches, RunData, open_run_data, resolve_vocabulary, step_batches
 from tpt_megatron.train.guard import StepGuard
 from tpt_megatron.train.lock import alone_in
 from tpt_megatron.train.metrics import MetricsFile, Speed, cut_after, git_revision, versions
@@ -46,7 +45,7 @@ def run_train(config: TrainConfig) -> None:
     """
     layout = groups.join(config.parallel)
     try:
-        _check_batch(config, layout)
+        config.check_batches(layout.data_parallel_size)
         data = open_run_data(config)
         with alone_in(config.run_dir):
             Run(config, layout, data).train()
@@ -60,7 +59,7 @@ class Run:
     def __init__(self, config: TrainConfig, layout: groups.Layout, data: RunData) -> None:
         self._layout, self._data = layout, data
         self._epochs = config.epochs
-        self._config = _resolve_vocabulary(self._data.config, self._data.opened)
+        self._config = resolve_vocabulary(self._data.config, self._data.opened)
         self._stragglers = Stragglers(config.watch.stragglers)
         self._engine = Engine(self._config, kinds=len(self._data.kinds.table), around_forward=self._stragglers.forward)
         self._saving = Saving(self._config, self._engine, self._data, layout.rank)
@@ -279,34 +278,9 @@ def _changes(before: Any, after: Any, key: str = "") -> Iterator[str]:
         yield f"{key} {orjson.dumps(before).decode()} -> {orjson.dumps(after).decode()}"
 
 
-def _resolve_vocabulary(config: TrainConfig, datasets: Mapping[str, TokenDataset]) -> TrainConfig:
-    """Return the config with model.vocab_size set: the largest of the datasets', or the config's where it is large enough."""
-    given, largest = config.model.vocab_size, 0
-    for path, dataset in datasets.items():
-        if not given and dataset.details is None:
-            raise ConfigError(f"model.vocab_size=0 takes the dataset's vocabulary, but {path} has no manifest that states one; give model.vocab_size")
-        needed = dataset.largest_token() + 1 if dataset.details is None else int(dataset.details["vocabulary_size"])
-        if given and given < needed:
-            raise ConfigError(f"model.vocab_size={given} is smaller than the vocabulary of {path}, {needed}; raise it")
-        largest = max(largest, needed)
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": given or largest})})
-
-
 def _say_what_cannot_be_exported(config: TrainConfig) -> None:
     """Warn of a model that has no Hugging Face format, which `tpt convert export` would say only when it is trained."""
     try:
         family_of(config.model)
     except ConversionError as error:
         log.warning("this model can be trained and continued, but not exported: %s", error)
-
-
-def _check_batch(config: TrainConfig, layout: groups.Layout) -> None:
-    unit = config.micro_batch_sequences * layout.data_parallel_size
-    for batch in reversed(config.progress.batches):
-        if batch % unit:
-            which = f"global_batch_sequences={batch}" if batch == config.global_batch_sequences else f"batch_ramp: a batch of {batch}"
-            raise ConfigError(
-                f"{which} is not a multiple of micro_batch_sequences={config.micro_batch_sequences} "
-                f"x {layout.data_parallel_size} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, batch // unit * unit)}"
-                f" and {(batch // unit + 1) * unit}"
-            )

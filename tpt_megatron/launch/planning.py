@@ -1,0 +1,92 @@
+"""`tpt plan`: from a config of any stage that costs something to what it will take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tpt_megatron.config.experiment import ExperimentConfig
+from tpt_megatron.config.load import check_config, read_config
+from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.errors import ConfigError
+from tpt_megatron.experiment.plan import plan_experiment, train_config
+from tpt_megatron.launch.gpus import Gpu
+from tpt_megatron.launch.plan import TrainingPlan, plan_training
+from tpt_megatron.launch.printing import experiment_table, layout_text, memory_table, overrides_of, run_table, search_table
+from tpt_megatron.launch.search import search
+from tpt_megatron.train.data import open_run_data, resolve_vocabulary
+
+NOT_YET = "not-there-yet"
+"""Stands for a run folder or a dataset that a recipe leaves to the user: what a run takes does not depend on them."""
+
+
+def kind_of(values: dict[str, Any]) -> str:
+    """Say which stage a config is of, by the keys that only it has: experiment, augment or train."""
+    if "arms" in values:
+        return "experiment" if isinstance(values["arms"], dict) else "preprocess"
+    return "augment" if "generator" in values or "prompts" in values else "train"
+
+
+def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:
+    """Return the training config of a file or recipe, its vocabulary and length taken from its data where these are there.
+
+    A config that names no run folder or no data is one, too.
+    """
+    values, origin = read_config(name, overrides)
+    values.setdefault("run_dir", NOT_YET)
+    data = values.setdefault("data", {})
+    if isinstance(data, dict) and not {"train", "stages"} & data.keys():
+        data["train"] = NOT_YET
+    return with_data(check_config(TrainConfig, values, origin))
+
+
+def with_data(config: TrainConfig) -> TrainConfig:
+    """Return the config with what its datasets say, where they are there."""
+    if not all(Path(f"{path}.idx").is_file() for path in config.data.train_paths):
+        return config
+    data = open_run_data(config)
+    return resolve_vocabulary(data.config, data.opened)
+
+
+def plan_run(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) -> tuple[TrainingPlan, list[Table]]:
+    """Plan one training run, and return it with what is to be shown."""
+    plan = plan_training(config, world_size, gpu, mfu)
+    return plan, [run_table(config, plan, gpu), memory_table(plan, gpu)]
+
+
+def refuse_what_does_not_fit(config: TrainConfig, plan: TrainingPlan, gpu: Gpu) -> None:
+    """Raise ConfigError when a rank needs more than its GPU has for it."""
+    fullest = plan.fullest
+    if fullest.total > gpu.usable:
+        raise ConfigError(
+            f"{layout_text(config, plan.data_parallel)} does not fit: pipeline stage {fullest.held.pipeline_stage} needs GPUs of {fullest.total / 1e9:.1f} GB, "
+            f"and an {gpu.name} has {gpu.usable / 1e9:.1f} GB for it; --search shows layouts that fit"
+        )
+
+
+def plan_search(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) -> tuple[Table, list[str]]:
+    """Return the fastest layouts that fit, and the overrides that make the first one; ConfigError when none fits."""
+    if config.model.vocab_size == 0:
+        raise ConfigError("model.vocab_size=0 takes the dataset's, which is not there yet; give model.vocab_size, or data.train that exists")
+    found, possible = search(config, world_size, gpu, mfu)
+    if not found:
+        raise ConfigError(f"no layout of this model fits on {world_size} x {gpu.name}, of {possible} that are possible; give it more GPUs, or larger ones")
+    return search_table(found, possible, world_size, gpu), overrides_of(found[0].config)
+
+
+def plan_arms(config: ExperimentConfig, world_size: int, gpu: Gpu, mfu: float) -> tuple[TrainConfig, TrainingPlan, list[Table]]:
+    """Plan an experiment: the model's memory, which all arms share, and every run's time."""
+    arms = plan_experiment(config)
+    training = with_data(train_config(config, config.baseline, config.tokens))
+    plan, tables = plan_run(training, world_size, gpu, mfu)
+    return training, plan, [tables[1], experiment_table(config, arms, plan, world_size)]
+
+
+def as_json(plan: TrainingPlan, gpu: Gpu) -> str:
+    """Return a plan as JSON text."""
+    return json.dumps(plan.to_json() | {"gpu": asdict(gpu) | {"usable": gpu.usable}, "fits": plan.fullest.total <= gpu.usable}, indent=2)
