@@ -16,7 +16,7 @@ from tpt_megatron.launch.activations import Activations, activations
 from tpt_megatron.launch.gpus import Gpu
 from tpt_megatron.mcore.machine import check_supported_on_cuda
 from tpt_megatron.mcore.model import count_parameters, padded_vocabulary
-from tpt_megatron.mcore.simulation import HeldByRank, simulate
+from tpt_megatron.mcore.simulation import HeldByRank, simulate_stages
 from tpt_megatron.train.flops import flops_per_token
 
 
@@ -85,7 +85,7 @@ def plan_training(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) ->
         raise ConfigError("model.vocab_size=0 takes the dataset's, which is not there yet; give model.vocab_size, or data.train that exists")
     check_supported_on_cuda(config)
     padded_vocabulary(config.model, config.parallel.tensor_parallel)
-    held = simulate(config, world_size)
+    held = simulate_stages(config, world_size)
     data_parallel = world_size // config.parallel.model_ranks
     config.check_batches(data_parallel)
     micro_batches = config.global_batch_sequences // (config.micro_batch_sequences * data_parallel)

@@ -22,7 +22,7 @@ from tpt_megatron.launch.search import search
 from tpt_megatron.train.data import open_run_data, resolve_vocabulary
 
 NOT_YET = "not-there-yet"
-"""Stands for a run folder or a dataset that a recipe leaves to the user: what a run takes does not depend on them."""
+"""Stands for what a recipe leaves to the user: what a run takes does not depend on it."""
 
 
 def kind_of(values: dict[str, Any]) -> str:
@@ -35,13 +35,18 @@ def kind_of(values: dict[str, Any]) -> str:
 def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:
     """Return the training config of a file or recipe, its vocabulary and length taken from its data where these are there.
 
-    A config that names no run folder or no data is one, too.
+    A recipe that leaves run folder, data or the checkpoint to start from to the user is one, too.
     """
     values, origin = read_config(name, overrides)
     values.setdefault("run_dir", NOT_YET)
-    data = values.setdefault("data", {})
-    if isinstance(data, dict) and not {"train", "stages"} & data.keys():
-        data["train"] = NOT_YET
+    data, checkpoint = values.setdefault("data", {}), values.get("checkpoint")
+    if isinstance(data, dict):
+        if not {"train", "stages"} & data.keys():
+            data["train"] = NOT_YET
+        if values.get("validate_every_steps"):
+            data.setdefault("validation", NOT_YET)
+    if isinstance(checkpoint, dict) and "load" in checkpoint:
+        checkpoint.setdefault("load_from", NOT_YET)
     return with_data(check_config(TrainConfig, values, origin))
 
 

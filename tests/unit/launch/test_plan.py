@@ -1,0 +1,191 @@
+"""`tpt plan`: what it counts, what it refuses, and what it prints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tpt_megatron.mcore  # noqa: F401 - before megatron
+from tpt_megatron.config.load import check_config, recipe_names
+from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.errors import ConfigError, UsageError
+from tpt_megatron.launch.gpus import find_gpu
+from tpt_megatron.launch.plan import plan_training
+from tpt_megatron.launch.planning import kind_of, plan_search, planned_run, refuse_what_does_not_fit
+from tpt_megatron.launch.search import candidates, search
+from tpt_megatron.mcore.model import count_parameters
+from tpt_megatron.mcore.simulation import simulate, simulate_stages
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "DeprecationWarning")]  # of megatron-core
+H100 = find_gpu("h100")
+LLAMA_70B = {"num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28_672, "num_heads": 64, "num_query_groups": 8, "vocab_size": 128_256}
+
+
+def run(**values: Any) -> TrainConfig:
+    """A run of Llama 3 8B's shape, 100 steps of 512 sequences of 8k tokens, where nothing else is said."""
+    return check_config(
+        TrainConfig,
+        {
+            "run_dir": "unused",
+            "model": "llama-3-8b",
+            "data": {"train": "unused", "sequence_length": 8192},
+            "optimizer": {"learning_rate": 3e-4},
+            "precision": "bf16",
+            "steps": 100,
+            "global_batch_sequences": 512,
+        }
+        | values,
+        "test",
+    )
+
+
+def test_8b_on_32_is_its_parameters_in_full_and_a_part_of_the_optimizer() -> None:
+    """2 bytes a weight and 4 a gradient on every rank; 12 a parameter over all ranks."""
+    config = run()
+    plan = plan_training(config, 32, H100, mfu=0.5)
+    (stage,) = plan.stages
+    assert plan.parameters == stage.held.parameters == 8_030_261_248
+    assert stage.held.parameter_bytes == pytest.approx(2 * plan.parameters, rel=1e-4)
+    assert stage.held.gradient_bytes == 2 * stage.held.parameter_bytes
+    assert stage.held.optimizer_bytes == pytest.approx(12 * plan.parameters / 32, rel=1e-4)
+    assert (plan.steps, plan.tokens, plan.micro_batches, plan.bubble) == (100, 100 * 512 * 8192, 16, 0)
+    assert plan.flops_a_token == pytest.approx(51.47e9, rel=1e-3)
+    assert plan.seconds == pytest.approx(51.47e9 * 100 * 512 * 8192 / (32 * 989.4e12 * 0.5), rel=1e-3)
+    assert plan.gpu_hours == pytest.approx((plan.seconds or 0) * 32 / 3600)
+    with pytest.raises(ConfigError, match=r"DP32 does not fit: pipeline stage 0 needs GPUs of 97\.8 GB, and an H100 has 78\.7 GB for it; --search"):
+        refuse_what_does_not_fit(config, plan, H100)
+    refuse_what_does_not_fit(config, plan, find_gpu("H200"))
+
+
+def test_70b_on_512_has_every_parameter_in_one_stage_or_another() -> None:
+    """Of one tensor-parallel rank: matrices are cut in eight, norms are whole."""
+    layout = {"tensor_parallel": 8, "sequence_parallel": True, "pipeline_parallel": 4, "virtual_pipeline": 5}
+    config = run(model=LLAMA_70B, parallel=layout, global_batch_sequences=1024)
+    plan = plan_training(config, 512, H100, mfu=0.4)
+    norms = 80 * 2 * 8192 + 8192
+    assert sum(stage.held.parameters for stage in plan.stages) == (count_parameters(config.model) - norms) // 8 + norms
+    assert [stage.held.rank for stage in plan.stages] == [0, 128, 256, 384]
+    kept = [stage.activations.kept for stage in plan.stages]
+    assert kept == sorted(kept, reverse=True), "earlier stages have more under way"
+    assert [stage.activations.logits > 0 for stage in plan.stages] == [False, False, False, True]
+    refuse_what_does_not_fit(config, plan, H100)
+
+
+def test_experts_of_1024_ranks_are_shared() -> None:
+    config = run(model="qwen3-30b-a3b", parallel={"pipeline_parallel": 4, "expert_parallel": 16}, global_batch_sequences=2048)
+    plan = plan_training(config, 1024, H100, mfu=0.4)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert sum(stage.held.parameters for stage in plan.stages) == count_parameters(config.model) - experts + experts // 16
+    refuse_what_does_not_fit(config, plan, H100)
+
+
+def test_stages_between_are_what_they_would_be_if_they_were_built() -> None:
+    config = run(model=LLAMA_70B | {"num_layers": 10}, parallel={"pipeline_parallel": 5}, global_batch_sequences=20)
+    assert simulate_stages(config, 10) == simulate(config, 10, range(0, 10, 2))
+
+
+def test_fp8_weights_beside_bf16_ones_are_two_bytes_a_matrix_entry() -> None:
+    plain, both, alone = (
+        plan_training(run(**fp8), 32, H100, mfu=0.4).stages[0] for fp8 in ({}, {"fp8": "tensorwise"}, {"fp8": "tensorwise", "fp8_parameters": True})
+    )
+    embeddings = 2 * 128_256 * 4096
+    assert both.fp8_bytes == 2 * (8_030_261_248 - embeddings) and plain.fp8_bytes == alone.fp8_bytes == 0
+    assert both.activations.kept < plain.activations.kept, "inputs of matrix products are kept in one byte"
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "message"),
+    [
+        ({"parallel": {"tensor_parallel": 3}}, 6, "tensor_parallel=3 does not divide model.num_heads=32"),
+        ({"parallel": {"pipeline_parallel": 4}}, 6, r"parallel.pipeline_parallel=4 = 4 does not divide the 6 rank\(s\) of this job"),
+        ({}, 24, r"global_batch_sequences=512 is not a multiple of micro_batch_sequences=1 x 24 data-parallel rank\(s\)"),
+        ({"parallel": {"context_parallel": 2}}, 8, "data.attention=document with parallel.context_parallel=2 is not supported on CUDA"),
+        (
+            {"parallel": {"pipeline_parallel": 4, "virtual_pipeline": 2}, "global_batch_sequences": 6},
+            4,
+            "virtual_pipeline=2 needs micro-batches in multiples of parallel.pipeline_parallel=4, and a batch of 6 gives each data-parallel rank 6; "
+            "make it a multiple of 4",
+        ),
+        ({"model": LLAMA_70B | {"vocab_size": 0}}, 8, "model.vocab_size=0 takes the dataset's, which is not there yet; give model.vocab_size"),
+    ],
+)
+def test_what_a_cluster_would_refuse_is_refused(values: dict[str, Any], world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_training(run(**values), world, H100, mfu=0.4)
+
+
+def test_search_finds_layouts_that_fit_and_the_trainer_takes() -> None:
+    """8B on 32 H100s: data parallelism alone does not fit, as above."""
+    config = run(global_batch_sequences=64)
+    found, possible = search(config, 32, H100, 0.4, most=5)
+    assert possible == len(list(candidates(config, 32, 8))) > 100
+    assert len(found) == 5
+    times = [entry.time.total for entry in found]
+    assert times == sorted(times)
+    for entry in found:
+        assert entry.plan.fullest.total <= H100.usable
+        assert entry.plan.data_parallel * entry.config.parallel.model_ranks == 32
+    assert all(entry.config.parallel != config.parallel or entry.config.recompute == "full" for entry in found)
+
+
+def test_candidates_are_all_that_a_search_by_hand_finds() -> None:
+    """What is left out early would be refused by the checks."""
+    config = run(model="cpu-experts", global_batch_sequences=12)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 1024})})
+    found = {
+        (c.parallel.tensor_parallel, c.parallel.pipeline_parallel, c.parallel.virtual_pipeline, c.parallel.expert_parallel, c.micro_batch_sequences)
+        for c in candidates(config, 4, 8)
+    }
+    assert found == {
+        (tp, pp, vp, ep, micro)
+        for tp in (1, 2)
+        for pp in (1, 2, 4)
+        if tp * pp <= 4
+        for vp in ((1, 2, 4) if pp > 1 else (1,))
+        if 4 % (pp * vp) == 0
+        for ep in (1, 2, 4)
+        if (4 // (tp * pp)) % ep == 0
+        for micro in (1, 2, 4)
+        if 12 % (micro * 4 // (tp * pp)) == 0 and (vp == 1 or 12 // (micro * 4 // (tp * pp)) % pp == 0)
+    }
+
+
+def test_no_layout_that_fits_is_said() -> None:
+    with pytest.raises(ConfigError, match="no layout of this model fits on 1 x A100 40GB, of 8 that are possible; give it more GPUs, or larger ones"):
+        plan_search(run(), 1, find_gpu("a100-40gb"), 0.4)
+
+
+def test_every_recipe_of_training_can_be_planned() -> None:
+    """They leave run folder and data to the user; an augment recipe is no run."""
+    kinds = {name: kind_of(yaml.safe_load((Path("tpt_megatron/recipes") / f"{name}.yaml").read_text())) for name in recipe_names() if "evaluate" not in name}
+    training = [name for name, kind in kinds.items() if kind == "train"]
+    assert {"demo-train", "sft-train"} <= set(training)
+    for name in training:
+        config = planned_run(name, ["model.vocab_size=1000"] if name == "demo-train" else [])
+        world = 8 if config.precision == "bf16" else 1
+        assert plan_training(config, world, H100, mfu=0.4).parameters == count_parameters(config.model)
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(UsageError, match="--gpu b300: not known; known are h100, h100-nvl, h200, a100, a100-40gb"):
+        find_gpu("b300")
+
+
+def test_the_command_prints_tables_or_json_and_exits_with_2_where_it_does_not_fit(tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(json.dumps(run().model_dump(mode="json", exclude_defaults=True) | {"model": "llama-3-8b"}))
+
+    def tpt(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "tpt_megatron.cli", "plan", str(config), *arguments], capture_output=True, text=True, timeout=300)
+
+    shown = tpt("--world-size", "32", "--gpu", "h200")
+    assert shown.returncode == 0, shown.stderr
+    assert "8,030,261,248" in shown.stdout and "DP32 on 32 x H200" in shown.stdout
+    refused = tpt("--world-size", "32", "--json")
+    assert refused.returncode == 2 and refused.stderr.startswith("tpt: DP32 does not fit") and refused.stderr.count("\n") == 1
+    told = json.loads(refused.stdout)
+    assert told["fits"] is False and told["stages"][0]["held"]["parameters"] == told["parameters"] == 8_030_261_248
