@@ -33,7 +33,7 @@ def test_report_stands_alone_and_says_what_it_must(runs: list[Path], tmp_path: P
     html = (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
     (headline,) = result["headlines"]
-    said = r"direct: tpt reaches vanilla's final score of 0\.600 after 40k tokens, vanilla after 100k: a data-efficiency factor of 2\.50"
+    said = r"direct: tpt reaches vanilla's final score of 0\.600 on the fitted curve after 40k tokens, vanilla after 100k: a data-efficiency factor of 2\.50"
     assert re.fullmatch(said + r" \(90% interval 2\.\d\d to [23]\.\d\d\)\.", headline), headline
     assert "data-efficiency factor of 2.50" in html
     assert "not comparable" in html
