@@ -14,6 +14,7 @@ import torch
 from tpt_megatron.config.load import check_config
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.mcore import groups
+from tpt_megatron.mcore.checkpoint import CheckpointWriter
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 from tpt_megatron.mcore.simulation import held_by
 
@@ -53,7 +54,7 @@ class Packed:
 
 
 def main() -> None:
-    """Read {"config", "output"} from argv[1], and write this rank's findings to OUTPUT.RANK.json."""
+    """Read {"config", "output", "save"} from argv[1]; write this rank's findings to OUTPUT.RANK.json, and a checkpoint where it is wanted."""
     job = json.loads(Path(sys.argv[1]).read_text())
     config = check_config(TrainConfig, job["config"], "job")
     layout = groups.join(config.parallel)
@@ -70,6 +71,10 @@ def main() -> None:
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda packed: packed.tensor) if is_watched else nullcontext():
         engine.train_step([batch] * count, learning_rate=1e-3)
     Path(f"{job['output']}.{layout.rank}.json").write_text(json.dumps(asdict(held_by(engine)) | {"kept": kept.peak if is_watched else None}))
+    if job["save"]:
+        writer = CheckpointWriter(engine, Path(job["save"]))
+        writer.save(1, {}, {})
+        writer.wait()
     groups.leave()
 
 

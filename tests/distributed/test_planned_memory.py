@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tpt_megatron.mcore  # noqa: F401 - before megatron
 from tests.support.ranks import WarmRanks
 from tpt_megatron.config.load import check_config
 from tpt_megatron.config.train import TrainConfig
+from tpt_megatron.convert.checkpoint_reader import CheckpointReader
 from tpt_megatron.launch.activations import activations
+from tpt_megatron.launch.plan import checkpoint_bytes
 from tpt_megatron.mcore.simulation import simulate
 
 SHAPE = {
@@ -54,6 +57,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "DP4, overlapped": (4, "dense", {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
     "EP2, PP2": (4, "experts", {"expert_parallel": 2, "pipeline_parallel": 2}, {}),
 }
+SAVED = {"one", "one, norms and biases", "one, experts", "one, multi-token prediction", "DP2, bf16", "TP2+SP, PP2"}
+"""Their checkpoints are as large as was planned, too."""
 WITHOUT_FORMULA = {"DP2, bf16", "DP4, overlapped"}
 """Norms of bf16 go by fp32 on a CPU alone; and what autograd keeps cannot be watched where gradients are reduced early."""
 
@@ -81,7 +86,8 @@ def test_a_simulated_rank_holds_what_a_real_one_holds(case: str, warm_ranks: War
     ranks, model, parallel, others = CASES[case]
     values = config_of(model, parallel, others)
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"config": values, "output": str(tmp_path / "rank")}))
+    saved = tmp_path / "checkpoints" if case in SAVED else None
+    job.write_text(json.dumps({"config": values, "output": str(tmp_path / "rank"), "save": saved and str(saved)}))
     done = warm_ranks.run(str(job), module="tests.distributed.held_worker", ranks=ranks)
     assert done.returncode == 0, done.stderr
     config = check_config(TrainConfig, values, "job")
@@ -91,6 +97,9 @@ def test_a_simulated_rank_holds_what_a_real_one_holds(case: str, warm_ranks: War
         real = json.loads((tmp_path / f"rank.{planned.rank}.json").read_text())
         kept.setdefault(planned.pipeline_stage, []).append(real.pop("kept"))
         assert {name: getattr(planned, name) for name in real} == real
+    if saved is not None:
+        tensors = CheckpointReader(saved / "iter_0000001").tensors.values()
+        assert checkpoint_bytes(config) == sum(stored.dtype.itemsize * torch.Size(stored.shape).numel() for stored in tensors)
     if case in WITHOUT_FORMULA:
         return
     for stage, found in kept.items():

@@ -85,11 +85,20 @@ def plan_search(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) -> t
 
 
 def plan_arms(config: ExperimentConfig, world_size: int, gpu: Gpu, mfu: float) -> tuple[TrainConfig, TrainingPlan, list[Table]]:
-    """Plan an experiment: the model's memory, which all arms share, and every run's time."""
-    arms = plan_experiment(config)
+    """Plan an experiment: the model's memory, which all arms share, and every run's time.
+
+    Where an arm's data are not there yet, only runs of equal tokens are known.
+    """
     training = with_data(train_config(config, config.baseline, config.tokens))
     plan, tables = plan_run(training, world_size, gpu, mfu)
-    return training, plan, [tables[1], experiment_table(config, arms, plan, world_size)]
+    has_data = all(Path(f"{arm.train}.idx").is_file() for arm in config.arms.values())
+    runs = [(arm.match, arm.arm, arm.tokens) for arm in plan_experiment(config)] if has_data else _without_data(config, plan)
+    return training, plan, [tables[1], experiment_table(config, runs, plan)]
+
+
+def _without_data(config: ExperimentConfig, plan: TrainingPlan) -> list[tuple[str, str, int | None]]:
+    """Return (what is equal, arm, tokens) of every run, as far as these are known."""
+    return [(match, arm, plan.tokens if match == "tokens" or arm == config.baseline else None) for match in config.match for arm in config.arms]
 
 
 def as_json(plan: TrainingPlan, gpu: Gpu) -> str:

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from tpt_megatron.config.experiment import ExperimentConfig
 from tpt_megatron.config.train import TrainConfig
-from tpt_megatron.experiment.plan import PlannedArm
 from tpt_megatron.launch.gpus import Gpu
 from tpt_megatron.launch.plan import TrainingPlan
 from tpt_megatron.launch.search import Found
@@ -81,15 +80,15 @@ def search_table(found: Sequence[Found], possible: int, world_size: int, gpu: Gp
     return table
 
 
-def experiment_table(config: ExperimentConfig, arms: Sequence[PlannedArm], plan: TrainingPlan, world_size: int) -> Table:
-    """Return every run's time on the cluster, of training alone."""
+def experiment_table(config: ExperimentConfig, runs: Sequence[tuple[str, str, int | None]], plan: TrainingPlan) -> Table:
+    """Return the time on the cluster of every run (what is equal, arm, tokens, None where unknown), of training alone."""
     table = Table(title=f"runs of {config.output}, {len(config.seeds)} seed(s) each", caption="training alone: scoring, and writing the thoughts, come on top")
     for name in ("equal", "arm", "tokens", "time a run", "GPU-hours, all seeds"):
         table.add_column(name, justify="left" if name in ("equal", "arm") else "right")
-    for arm in arms:
-        seconds = None if plan.seconds_a_step is None else arm.train_flops / (plan.flops_a_token * plan.tokens_a_step) * plan.seconds_a_step
-        cells = ("?", "?") if seconds is None else (_duration(seconds), _hours(seconds * world_size * len(config.seeds) / 3600))
-        table.add_row(arm.match, arm.arm, f"{arm.tokens:,}", *cells)
+    for match, arm, tokens in runs:
+        seconds = None if plan.seconds_a_step is None or tokens is None else tokens / plan.tokens_a_step * plan.seconds_a_step
+        cells = ("unknown", "unknown") if seconds is None else (_duration(seconds), _hours(seconds * plan.world_size * len(config.seeds) / 3600))
+        table.add_row(match, arm, "unknown without the data" if tokens is None else f"{tokens:,}", *cells)
     return table
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import tpt_megatron.mcore  # noqa: F401 - before megatron
-from tpt_megatron.config.load import check_config, recipe_names
+from tpt_megatron.config.experiment import ExperimentConfig
+from tpt_megatron.config.load import check_config, load_config, read_config, recipe_names
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError, UsageError
 from tpt_megatron.launch.gpus import find_gpu
 from tpt_megatron.launch.plan import plan_training
-from tpt_megatron.launch.planning import kind_of, plan_search, planned_run, refuse_what_does_not_fit
+from tpt_megatron.launch.planning import kind_of, plan_arms, plan_search, planned_run, refuse_what_does_not_fit
 from tpt_megatron.launch.search import candidates, search
 from tpt_megatron.mcore.model import count_parameters
 from tpt_megatron.mcore.simulation import simulate, simulate_stages
@@ -159,15 +159,54 @@ def test_no_layout_that_fits_is_said() -> None:
         plan_search(run(), 1, find_gpu("a100-40gb"), 0.4)
 
 
-def test_every_recipe_of_training_can_be_planned() -> None:
-    """They leave run folder and data to the user; an augment recipe is no run."""
-    kinds = {name: kind_of(yaml.safe_load((Path("tpt_megatron/recipes") / f"{name}.yaml").read_text())) for name in recipe_names() if "evaluate" not in name}
-    training = [name for name, kind in kinds.items() if kind == "train"]
-    assert {"demo-train", "sft-train"} <= set(training)
-    for name in training:
-        config = planned_run(name, ["model.vocab_size=1000"] if name == "demo-train" else [])
-        world = 8 if config.precision == "bf16" else 1
-        assert plan_training(config, world, H100, mfu=0.4).parameters == count_parameters(config.model)
+RECIPES = {name: kind_of(read_config(name)[0]) for name in recipe_names()}
+FITS = {"paper-pretrain-8b": 16, "paper-midtrain-7b": 16}
+"""GPUs of 80 GB that a recipe says it fits on, where these are not 8."""
+
+
+@pytest.mark.parametrize("name", [name for name, kind in RECIPES.items() if kind == "train" and "evaluate" not in name])
+def test_every_recipe_of_training_can_be_planned_and_fits(name: str) -> None:
+    """They leave run folder, data and the checkpoint to start from to the user."""
+    config = planned_run(name, ["model.vocab_size=1000"] if name == "demo-train" else [])
+    plan = plan_training(config, 1 if name == "demo-train" else FITS.get(name, 8), H100, mfu=0.4)
+    assert plan.parameters == count_parameters(config.model)
+    refuse_what_does_not_fit(config, plan, H100)
+
+
+PAPER_RUNS = {
+    # parameters to two digits, steps, tokens a step, learning rate, schedule, clipping, weight decay, second beta, warm-up
+    "paper-pretrain-8b": (8.0e9, 25_000, 4 << 20, 3e-4, "constant", 1.0, 0.1, 0.95, 100),
+    "paper-midtrain-1.5b": (1.54e9, 12_500, 8 << 20, 6e-5, "cosine", 0.3, 0.1, 0.95, 100),
+    "paper-midtrain-3b": (3.2e9, 12_500, 8 << 20, 4e-5, "cosine", 0.3, 0.1, 0.95, 100),
+    "paper-midtrain-7b": (7.6e9, 12_500, 8 << 20, 3e-5, "cosine", 0.3, 0.1, 0.95, 100),
+    "sft-train": (1.54e9, None, 1 << 20, 6e-5, "cosine", 0.2, 0.0, 0.999, 400),
+    "paper-sft-3b": (3.2e9, None, 1 << 20, 4e-5, "cosine", 0.2, 0.0, 0.999, 400),
+    "paper-sft-7b": (7.6e9, None, 1 << 20, 3e-5, "cosine", 0.2, 0.0, 0.999, 400),
+}
+"""The numbers that arXiv 2509.20186 states."""
+
+
+@pytest.mark.parametrize("name", PAPER_RUNS)
+def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
+    config = planned_run(name, [])
+    optimizer = config.optimizer
+    found = (config.global_batch_sequences * config.data.sequence_length, optimizer.learning_rate, optimizer.schedule)
+    found += (optimizer.clip_gradient_norm, optimizer.weight_decay, optimizer.beta2, config.warmup_steps)
+    parameters, steps, *stated = PAPER_RUNS[name]
+    assert found == tuple(stated)
+    assert count_parameters(config.model) == pytest.approx(parameters, rel=0.02)
+    assert (config.steps, config.epochs) == ((None, 5) if steps is None else (steps, None))
+    assert config.data.sequence_length == (32_768 if steps is None else 8192)
+    assert optimizer.beta1 == 0.9
+
+
+@pytest.mark.parametrize("name", [name for name, kind in RECIPES.items() if kind == "experiment" and name.startswith("paper")])
+def test_the_papers_experiments_can_be_planned(name: str) -> None:
+    config = load_config(ExperimentConfig, name)
+    training, plan, (memory, runs) = plan_arms(config, 64, H100, mfu=0.4)
+    refuse_what_does_not_fit(training, plan, H100)
+    assert plan.tokens == pytest.approx(config.tokens, rel=1e-4)
+    assert memory.row_count == 1 and runs.row_count == 2
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
