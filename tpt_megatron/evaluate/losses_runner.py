@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from rich.table import Table
 from tpt_megatron.config.losses import LossesConfig
 from tpt_megatron.datasets import PART_NAMES, TokenDataset, open_dataset, sidecar
 from tpt_megatron.errors import DataError
+from tpt_megatron.evaluate.exports import model_folder, remove_stale_exports
 from tpt_megatron.evaluate.hard_tokens import Losses, difficulty, summarise
 from tpt_megatron.evaluate.loss_page import render
-from tpt_megatron.evaluate.token_losses import EXPORTED, Documents, choose_documents, model_folder, positions_of, token_losses
+from tpt_megatron.evaluate.token_losses import Documents, choose_documents, positions_of, token_losses
 from tpt_megatron.files import open_atomic, write_json, write_text
 from tpt_megatron.log import progress_bar
 from tpt_megatron.tokenizer import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerLike, load_tokenizer
@@ -32,8 +32,7 @@ def run_losses(config: LossesConfig) -> dict[str, Any]:
     that cannot be exported. Memory: the chosen documents' tokens, about 40 bytes each, and one model at a time.
     """
     dataset = open_dataset(config.data)
-    for leftover in config.output.glob(f"{EXPORTED}*"):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_stale_exports(config.output)
     with ExitStack() as stack:
         folders = {name: stack.enter_context(model_folder(path, config.output)) for name, path in config.models.items()}
         for name, folder in folders.items():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,11 @@ import transformers
 
 from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_sources
 from tpt_megatron.errors import DataError
+from tpt_megatron.evaluate.models import load_model
 from tpt_megatron.quiet import quiet_transformers
 
 LOGITS_BYTES = 1 << 28
 """Of a batch: its logits in fp32 and what is made of them are the most that a batch needs."""
-
-
-EXPORTED = ".model."
-"""How folders begin that a checkpoint is exported to while it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +67,6 @@ def choose_documents(dataset: TokenDataset, count: int, longest: int) -> Documen
     )
 
 
-@contextmanager
-def model_folder(path: Path, room: Path) -> Iterator[Path]:
-    """Yield a Hugging Face folder as it is; a checkpoint is exported to one under `room`, which vanishes."""
-    if (path / "config.json").is_file():
-        yield path
-        return
-    from tpt_megatron.convert.export import export_checkpoint
-
-    room.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=EXPORTED, dir=room) as temporary:
-        export_checkpoint(path, Path(temporary) / "hf")
-        yield Path(temporary) / "hf"
-
-
 def positions_of(folder: Path) -> int:
     """Return how many tokens a model can read."""
     with quiet_transformers():
@@ -97,13 +78,8 @@ def token_losses(folder: Path, documents: Documents, dtype: str, advance: Callab
 
     DataError when the model cannot be loaded, or has fewer ids than the documents.
     """
-    try:
-        with quiet_transformers():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-    except Exception as error:  # noqa: BLE001  transformers and safetensors raise bare exceptions of many kinds for damage
-        raise DataError(f"{folder}: the model cannot be loaded ({(str(error).strip().splitlines() or [type(error).__name__])[0]})") from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(device)
+    loaded = load_model(folder, dtype)
+    model, device = loaded.model, loaded.device
     vocabulary = int(model.config.vocab_size)
     if (largest := max(int(tokens.max()) for tokens in documents.whole)) >= vocabulary:
         raise DataError(f"{folder}: it has {vocabulary} ids and the documents have {largest}; it was trained with another tokenizer")
