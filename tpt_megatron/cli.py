@@ -246,18 +246,21 @@ def _verify(checkpoint: Path, model: Path, target: Literal["checkpoint", "huggin
 
 @app.command(epilog=_keys("evaluate"))
 def evaluate(config: ConfigName, overrides: Overrides = None) -> None:
-    """Score an exported model, or every checkpoint of a run, on held-out problems."""
+    """Score an exported model, or every checkpoint of a run: on held-out problems, and on benchmarks. Run it again to continue."""
     from tpt_megatron.config.evaluate import EvaluateConfig
     from tpt_megatron.config.load import load_config
 
     loaded = load_config(EvaluateConfig, config, overrides or ())
     _require("torch", "transformers", extra="evaluate")
-    from tpt_megatron.evaluate.runner import run_evaluate
+    if loaded.benchmarks:
+        from tpt_megatron.evaluate.benchmarks.offline import go_offline
+
+        go_offline()  # the libraries read it when they are imported
+    from tpt_megatron.evaluate.runner import run_evaluate, scores_line
 
     for result in run_evaluate(loaded):
-        scores = "  ".join(f"{name} {task['accuracy']:.3f}" for name, task in result["tasks"].items())
         step = "" if result["step"] is None else f"step {result['step']} ({result['tokens_seen']:,} tokens)  "
-        print(f"{step}{scores}")
+        print(f"{step}{scores_line(result)}")
 
 
 @app.command(epilog=_keys("losses"))

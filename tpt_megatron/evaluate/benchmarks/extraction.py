@@ -41,22 +41,22 @@ def normal_number(text: str) -> str:
 
 def formula(text: str) -> str | None:
     r"""Return what the last \boxed{} holds, or what stands after the last `final answer is`, whichever comes later."""
-    found = [(match.start(), answer) for match in _FINAL.finditer(text) if (answer := _sentence(match["answer"]))]
-    for match in _BOXED.finditer(text):
-        answer = match["bare"] or _braced(text, match.end())
-        if answer and answer.strip():
-            found.append((match.start(), answer.strip()))
-    if not found:
-        return None
-    at, answer = max(found)
-    # `The final answer is $\boxed{7}$` is found twice, and both say the same.
-    return answer if "\\boxed" not in answer else formula(answer)
+    # A sentence around a box says what the box does, and one that is not complete says nothing.
+    found = [(match.start(), answer) for match in _FINAL.finditer(text) if (answer := _sentence(match["answer"])) and "\\box" not in answer]
+    found += _boxes(text)
+    return max(found)[1] if found else None
 
 
 def boxed(text: str) -> str | None:
     r"""Return what the last \boxed{} holds."""
-    answers = [match["bare"] or _braced(text, match.end()) for match in _BOXED.finditer(text)]
-    return next((answer.strip() for answer in reversed(answers) if answer and answer.strip()), None)
+    boxes = _boxes(text)
+    return boxes[-1][1] if boxes else None
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """Return where each box begins, and what it holds; without those that are empty or not closed."""
+    boxes = [(match.start(), (match["bare"] or _braced(text, match.end()) or "").strip()) for match in _BOXED.finditer(text)]
+    return [(start, inside) for start, inside in boxes if inside]
 
 
 def _braced(text: str, start: int) -> str | None:

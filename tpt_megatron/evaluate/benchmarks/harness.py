@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -43,12 +42,6 @@ class Benchmark:
     loaded: dict[str, Any]
     settings: dict[str, Any]
     limit: int | None
-
-
-def go_offline() -> None:
-    """Keep the Hugging Face libraries off the network, and lm-eval's bars off the terminal. To be called before they are imported."""
-    for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
-        os.environ[name] = value
 
 
 def prepare(config: EvaluateConfig) -> list[Benchmark]:
@@ -108,25 +101,31 @@ def _of_lm_eval(benchmark: BenchmarkConfig) -> dict[str, Any]:
     except TptError:
         raise
     except Exception as error:  # noqa: BLE001  data sets that are not there fail in as many ways as there are libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if benchmark.data is not None:
+            raise DataError(f"{benchmark.data}: {benchmark.name} of lm-eval cannot use these records ({_first_line(error)})") from None
+        reason = _first_line(error)
         raise DataError(f"{key}: lm-eval cannot load it without a network ({reason}); give its data as local files, or have its data set cached") from None
     return loaded if benchmark.data is None else {"tasks": loaded["tasks"], "groups": {}}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _from_files(benchmark: BenchmarkConfig, entry: Any) -> dict[str, Any]:
     """Return what has an lm-eval task read local files: a function for its data, and where they are for its metadata."""
-    cfg, assert_data = entry.cfg or {}, benchmark.data
-    assert assert_data is not None, "called for benchmarks with data"
+    cfg, data = entry.cfg or {}, benchmark.data
+    assert data is not None, "called for benchmarks with data"
     asked = cfg.get("test_split") or cfg.get("validation_split")
     if entry.kind.name != "TASK" or asked is None:
         raise ConfigError(f"benchmarks: name={benchmark.name!r}: lm-eval reads the data of this one by itself; remove data, or name one of its tasks")
-    files = {asked: assert_data}
+    files = {asked: data}
     examples = cfg.get("fewshot_split") or cfg.get("training_split") or (cfg.get("validation_split") if cfg.get("test_split") else None)
     num_shots = cfg.get("num_fewshot") if benchmark.num_shots is None else benchmark.num_shots
     if num_shots and benchmark.shots is None:
         raise ConfigError(f"benchmarks: name={benchmark.name!r}: key 'shots' is missing, for its {num_shots} examples; or give num_shots=0")
     for split in {examples, cfg.get("training_split")} - {None, asked}:
-        files[split] = benchmark.shots or assert_data
+        files[split] = benchmark.shots or data
     return {"custom_dataset": load_splits, "dataset_kwargs": {"files": files}}
 
 
@@ -152,7 +151,7 @@ def run_benchmark(benchmark: Benchmark, model: JournalledModel, seed: int) -> tu
     from lm_eval.evaluator import evaluate
 
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  lm-eval's tasks draw from numpy's one generator
+    np.random.seed(seed)
     for task in benchmark.loaded["tasks"].values():
         task.set_fewshot_seed(seed=seed)
     model.asked = []
@@ -170,7 +169,7 @@ def run_benchmark(benchmark: Benchmark, model: JournalledModel, seed: int) -> tu
         summary = summarise(samples) | _how_it_went(model.asked) | about
         assert summary["accuracy"] == metrics[f"{benchmark.config.name}/accuracy,none"], "lm-eval and the samples disagree"
         return summary, [sample.as_record() for sample in samples]
-    records = [record for name, of_task in found["samples"].items() for record in map(lambda sample, name=name: _record(benchmark, name, sample), of_task)]
+    records = [_record(benchmark, name, sample) for name, of_task in found["samples"].items() for sample in of_task]
     tokens = sum(asked.new_tokens for asked in model.asked) / len(model.asked) if model.asked else None
     return {"accuracy": _accuracy(benchmark.config.name, found["results"]), "mean_new_tokens": tokens} | _how_it_went(model.asked) | about, records
 
