@@ -36,7 +36,7 @@ Curve = tuple[Point, ...]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its arm, its loss curves, and each task's scores and lengths of continuation."""
+    """One training run: its arm, its loss curves, and by task scores, lengths of continuation, and how many problems are behind a score."""
 
     path: Path
     arm: str
@@ -44,7 +44,7 @@ class Run:
     losses: dict[str, Curve]
     scores: dict[str, Curve]
     new_tokens: dict[str, Curve]
-    problems: int | None
+    problems: dict[str, int]
     settings: dict[str, Any] = field(repr=False)
 
 
@@ -74,9 +74,10 @@ def read_run(path: Path) -> Run:
         arm=about.get("arm") or "unnamed",
         seed=config.get("seed"),
         losses={name: curve for name, curve in losses.items() if curve},
-        scores={task: _task_curve(results, task, "accuracy") for task in tasks},
-        new_tokens={task: _task_curve(results, task, "mean_new_tokens") for task in tasks},
-        problems=results[-1]["problems"] if results else None,
+        scores={task: curve for task in tasks if (curve := _task_curve(results, task, "accuracy"))},
+        new_tokens={task: curve for task in tasks if (curve := _task_curve(results, task, "mean_new_tokens"))},
+        # A benchmark has its own number; the others are asked the same problems.
+        problems={task: about.get("problems", result["problems"]) for result in results for task, about in result["tasks"].items()},
         settings=_settings(results[-1]) if results else {},
     )
 
@@ -101,7 +102,9 @@ def _read_results(run: Path) -> list[dict[str, Any]]:
 
 
 def _task_curve(results: Sequence[dict[str, Any]], task: str, measure: str) -> Curve:
-    return tuple(Point(result["tokens_seen"], result["tasks"][task][measure]) for result in results if task in result["tasks"])
+    """Return a measure over tokens, empty where the task has none: some benchmarks have no score between 0 and 1."""
+    found = ((result["tokens_seen"], result["tasks"].get(task, {}).get(measure)) for result in results)
+    return tuple(Point(tokens, value) for tokens, value in found if value is not None)
 
 
 def group_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -125,7 +128,7 @@ def resamples(runs: Sequence[Run], task: str, name: str) -> Resamples | None:
         return None
     values = [{point.tokens: point.value for point in run.scores[task]} for run in scored]
     scores = np.array([[value[at] for at in tokens] for value in values])
-    problems = np.array([[run.problems or 0] * len(tokens) for run in scored])
+    problems = np.array([[run.problems.get(task, 0)] * len(tokens) for run in scored])
     return resample(np.array(tokens, float), scores, problems, name)
 
 
@@ -143,7 +146,7 @@ def compare_arms(runs: Sequence[Run], baseline: str = VANILLA, costs: Mapping[st
         "interval": INTERVAL,
         "baseline": baseline if baseline in arms else None,
         "arms": {arm: {"runs": [str(run.path) for run in members], "seeds": [run.seed for run in members]} for arm, members in arms.items()},
-        "problems": sorted({run.problems for run in runs if run.problems is not None}),
+        "problems": sorted({count for run in runs for count in run.problems.values()}),
         "tasks": {task: _compare_task(arms, task, baseline, costs or {}) for task in tasks},
         "cautions": _cautions(arms, runs, baseline),
     }
@@ -152,7 +155,7 @@ def compare_arms(runs: Sequence[Run], baseline: str = VANILLA, costs: Mapping[st
 def _compare_task(arms: dict[str, list[Run]], task: str, baseline: str, costs: Mapping[str, ArmCost]) -> dict[str, Any]:
     drawn = {arm: found for arm, members in arms.items() if (found := resamples(members, task, f"{arm} {task}")) is not None}
     vanilla = drawn.get(baseline)
-    answers = _answers(arms.get(baseline, []))
+    answers = _answers(arms.get(baseline, []), task)
     return {
         arm: _compare_arm(arms[arm], task, found, vanilla if arm != baseline else None, answers, (costs.get(baseline), costs.get(arm)))
         for arm, found in drawn.items()
@@ -167,8 +170,8 @@ def improved(curve: Curve, answers: int) -> bool:
     return len(curve) > 1 and curve[-1].value - curve[0].value > 2 * math.sqrt(2 * 0.25 / max(answers, 1))
 
 
-def _answers(runs: Sequence[Run]) -> int:
-    return sum(run.problems or 0 for run in runs)
+def _answers(runs: Sequence[Run], task: str) -> int:
+    return sum(run.problems.get(task, 0) for run in runs)
 
 
 def _compare_arm(
@@ -225,7 +228,7 @@ def _how_asked(scored: Sequence[Run]) -> list[str]:
 
     def apart_from_prompts(settings: dict[str, Any]) -> str:
         tasks = {name: {key: value for key, value in task.items() if key != "prompt"} for name, task in settings["tasks"].items()}
-        return json.dumps({**settings, "problems": settings["problems"]["sha256"], "tasks": tasks}, sort_keys=True)
+        return json.dumps({**settings, "problems": (settings["problems"] or {}).get("sha256"), "tasks": tasks}, sort_keys=True)
 
     if len({apart_from_prompts(run.settings) for run in scored}) > 1:
         return ["The runs were evaluated with different settings or problems: their scores are not comparable."]
@@ -261,7 +264,7 @@ def _cautions(arms: dict[str, list[Run]], runs: Sequence[Run], baseline: str) ->
         said.append("Runs end at different token counts; compare scores at equal tokens, not final scores.")
     for task in sorted({task for run in arms.get(baseline, []) for task in run.scores}):
         curve = mean_curve([run.scores[task] for run in arms[baseline] if task in run.scores])
-        if curve and not improved(curve, _answers(arms[baseline])):
+        if curve and not improved(curve, _answers(arms[baseline], task)):
             said.append(f"{baseline} did not improve on {task} by more than chance may explain, so no factor is given at its final score.")
     starts = [task for arm in arms.values() for run in arm for task in run.scores if run.scores[task][0].value >= THRESHOLDS[0]]
     if starts:

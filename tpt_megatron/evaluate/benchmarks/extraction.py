@@ -15,7 +15,7 @@ from decimal import Decimal
 
 _NUMBER = r"(?P<sign>-?)\s?(?:\\?\$|USD|[€£])?\s?(?P<minus>-?)(?P<number>(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?+)(?!\s?/\s?\d)"
 """A whole or decimal number with its thousands apart by commas or not, perhaps after a currency. No fraction: half of one would be another number."""
-_GSM8K = re.compile(rf"(?:####|\bthe answer is:?)\s*{_NUMBER}", re.IGNORECASE)
+_GSM8K = re.compile(rf"(?:####|\bthe answer is:?)\s*{_NUMBER}", re.IGNORECASE | re.ASCII)
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s*(?=\{)|\s+(?P<bare>[^\s{$.]+))")
 _FINAL = re.compile(r"\bfinal answer is:?[ \t]*(?P<answer>\S[^\n]*)", re.IGNORECASE)
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
@@ -33,7 +33,7 @@ def number(text: str) -> str | None:
 
 def normal_number(text: str) -> str:
     """Spell a number in the one way that equal numbers share: 1,234.50 is 1234.5, and -0 is 0. ValueError for what is none."""
-    if not re.fullmatch(r"-?\d[\d,]*(\.\d+)?", text):
+    if not re.fullmatch(r"-?\d[\d,]*(\.\d+)?", text, re.ASCII):
         raise ValueError(f"{text!r} is no number")
     value = Decimal(text.replace(",", ""))
     return format(value.normalize() if value else Decimal(0), "f")
