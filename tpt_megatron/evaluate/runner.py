@@ -189,6 +189,6 @@ def _write(evaluation: Evaluation, subject: Subject, settings: dict[str, Any], s
     result_path.unlink(missing_ok=True)
     with open_atomic(samples_path) as file:
         for record in records:
-            file.write(orjson.dumps(record, default=str, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(orjson.dumps(record, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
     write_json(result_path, result)
     return result

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,7 @@ def _packaged(benchmark: BenchmarkConfig) -> dict[str, Any]:
 
 
 def _of_lm_eval(benchmark: BenchmarkConfig) -> dict[str, Any]:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _all_tasks()
     key = f"benchmarks: name={benchmark.name!r}"
     if benchmark.name not in manager.task_index:
         near = difflib.get_close_matches(benchmark.name, manager.all_tasks, n=3)
@@ -106,6 +105,14 @@ def _of_lm_eval(benchmark: BenchmarkConfig) -> dict[str, Any]:
         reason = _first_line(error)
         raise DataError(f"{key}: lm-eval cannot load it without a network ({reason}); give its data as local files, or have its data set cached") from None
     return loaded if benchmark.data is None else {"tasks": loaded["tasks"], "groups": {}}
+
+
+@cache
+def _all_tasks() -> Any:
+    """Return lm-eval's index of all its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _first_line(error: Exception) -> str:
@@ -158,7 +165,7 @@ def run_benchmark(benchmark: Benchmark, model: JournalledModel, seed: int) -> tu
     with lm_eval_quiet():
         found: Any = evaluate(model, benchmark.loaded, limit=benchmark.limit, bootstrap_iters=0, log_samples=True)
     metrics = {
-        f"{name}/{metric}": value
+        f"{name}/{metric}": float(value)
         for name, of_task in found["results"].items()
         for metric, value in of_task.items()
         if isinstance(value, int | float) and metric != "sample_len"
