@@ -91,7 +91,9 @@ def test_math_takes_the_last_box_or_final_answer(text: str, answer: str | None) 
     assert formula(text) == answer
 
 
-nested = st.recursive(st.text("xy+1 ", min_size=1, max_size=4), lambda inner: st.lists(inner.map(lambda text: "{" + text + "}"), min_size=1, max_size=3).map("a".join))
+nested = st.recursive(
+    st.text("xy+1 ", min_size=1, max_size=4), lambda inner: st.lists(inner.map(lambda text: "{" + text + "}"), min_size=1, max_size=3).map("a".join)
+)
 
 
 @given(nested.filter(lambda text: text.strip() != ""), st.text("xyz \n{}", max_size=10))
