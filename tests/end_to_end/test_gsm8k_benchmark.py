@@ -24,9 +24,9 @@ from tpt_megatron.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
-ASKED, BATCH = 50, 4
+ASKED, BATCH = 38, 4
 STEPS = (100, 200)
-WORDS = ("####", " 18", " 3", " 20", " 5", "\nQuestion:", "<think>", "</think>", " so", ".", " The answer is")
+WORDS = ("####", " 18", " 7", " 2", " 3", "\nQuestion:", "<think>", "</think>", " so", ".", " The answer is")
 
 WITHOUT_NETWORK = """
 import sys
