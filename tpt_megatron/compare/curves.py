@@ -146,7 +146,7 @@ def compare_arms(runs: Sequence[Run], baseline: str = VANILLA, costs: Mapping[st
         "interval": INTERVAL,
         "baseline": baseline if baseline in arms else None,
         "arms": {arm: {"runs": [str(run.path) for run in members], "seeds": [run.seed for run in members]} for arm, members in arms.items()},
-        "problems": sorted({count for run in runs for count in run.problems.values()}),
+        "problems": sorted({run.problems[task] for run in runs for task in run.scores}),
         "tasks": {task: _compare_task(arms, task, baseline, costs or {}) for task in tasks},
         "cautions": _cautions(arms, runs, baseline),
     }

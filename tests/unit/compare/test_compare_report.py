@@ -112,3 +112,29 @@ def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path, monkeypatch: py
 def test_compare_loads_no_torch() -> None:
     code = "import sys, tpt_megatron.compare.report, tpt_megatron.compare.runner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_benchmarks_have_their_own_numbers_of_problems_and_some_have_no_score(tmp_path: Path) -> None:
+    runs = []
+    for name, arm, last in (("v", "vanilla", 0.4), ("t", "tpt", 0.8)):
+        run = write_run(tmp_path / name, arm, 1, [(10_000, 0.1), (100_000, 0.3)], settings={"problems": None, "tasks": {}})
+        for path in sorted((run / "evaluation").iterdir()):
+            result = json.loads(path.read_text())
+            score = 0.1 if result["tokens_seen"] == 10_000 else last
+            result |= {"problems": 0}
+            result["tasks"] = {
+                "gsm8k": {"accuracy": score, "mean_new_tokens": 90.0, "problems": 1319},
+                "piqa": {"accuracy": score, "mean_new_tokens": None, "problems": 1838},
+                "wikitext": {"accuracy": None, "mean_new_tokens": None, "problems": 62, "metrics": {"wikitext/word_perplexity,none": 30.0}},
+            }
+            path.write_text(json.dumps(result))
+        runs.append(run)
+    result = run_compare(runs, tmp_path / "out")
+    assert list(result["tasks"]) == ["gsm8k", "piqa"]
+    assert result["problems"] == [1319, 1838]
+    assert result["tasks"]["piqa"]["tpt"]["mean_new_tokens"] == []
+    widths = {}
+    for task in ("gsm8k", "piqa"):
+        factor = result["tasks"][task]["tpt"]["efficiency_at_baseline_final"]["factor"]
+        widths[task] = factor["interval"][1] - factor["interval"][0]
+    assert widths["piqa"] < widths["gsm8k"], "more problems leave less to chance"
