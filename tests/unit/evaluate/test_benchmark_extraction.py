@@ -73,6 +73,7 @@ def test_what_is_no_number_is_refused(text: str) -> None:
         (r"so it is $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         (r"\boxed{1} or rather \boxed{2}", "2"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.} and so on}", r"\left\{ x \right."),
         (r"\boxed 7", "7"),
         (r"\fbox{7}", "7"),
         (r"The final answer is $\boxed{7}$.", "7"),

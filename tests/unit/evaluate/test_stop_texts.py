@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tpt_megatron.config.evaluate import ThoughtDelimiters
@@ -59,6 +59,12 @@ def test_what_may_open_a_thought_is_no_stop_text_yet() -> None:
     assert find_stop("18\n", ["\n"], line) == 2  # nothing comes any more
 
 
+def test_of_several_stop_texts_the_one_counts_that_is_complete_first() -> None:
+    assert find_stop("abcd", ["abcd", "c"], TAGS) == 2
+    assert find_stop("abcd", ["bcd", "cd", "d"], TAGS) == 1, "of those that are complete together it is the longest"
+
+
+@example("bca", ["bca", "c"], False, [1] * 30)
 @given(texts, stops, st.booleans(), st.lists(st.integers(1, 4), min_size=30, max_size=30))
 def test_a_growing_text_ends_where_the_whole_one_is_cut(text: str, stops: list[str], starts_inside: bool, steps: list[int]) -> None:
     whole = find_stop(text, stops, SHORT, starts_inside=starts_inside)
