@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tpt_megatron.config.evaluate import BenchmarkOptions
+from tpt_megatron.errors import ConfigError
 from tpt_megatron.evaluate.generate import Continuation, Request
 from tpt_megatron.evaluate.thoughts import ends_in_thought, find_stop
 
@@ -23,6 +24,8 @@ class VllmBackend:
 
         self._add_bos = options.add_bos_token
         self._lm: Any = VLLM(pretrained=str(folder), dtype=dtype, add_bos_token=options.add_bos_token, seed=options.seed, batch_size="auto")
+        if options.add_bos_token and self._lm.tokenizer.bos_token_id is None:
+            raise ConfigError("benchmark_options.add_bos_token=true: the model's tokenizer has no BOS token")
 
     @property
     def positions(self) -> int | None:
@@ -36,7 +39,7 @@ class VllmBackend:
 
     def continue_batch(self, requests: Sequence[Request]) -> list[Continuation]:
         """Return the continuations; requests that a stop text in a thought has ended go on together."""
-        states = [_State(request) for request in requests]
+        states = [Stretches(request) for request in requests]
         while going_on := [state for state in states if state.ended is None]:
             parameters = [self._parameters(state) for state in going_on]
             prompts = [{"prompt_token_ids": [*state.request.ids, *state.ids]} for state in going_on]
@@ -48,7 +51,7 @@ class VllmBackend:
         """Ask lm-eval's class."""
         return list(getattr(self._lm, kind)(list(instances), disable_tqdm=True))
 
-    def _parameters(self, state: _State) -> Any:
+    def _parameters(self, state: Stretches) -> Any:
         from vllm import SamplingParams
 
         how = {"temperature": 0.0, **{key: value for key, value in state.request.sampling.items() if key != "do_sample"}}
@@ -60,8 +63,8 @@ class VllmBackend:
         return str(self._lm.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-class _State:
-    """A request under way: the tokens so far, and how it ended."""
+class Stretches:
+    """A request that is answered in stretches, each up to what vLLM takes for a stop text: the tokens so far, and how it ended (None: it goes on)."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -81,7 +84,7 @@ class _State:
         request = self.request
         is_document_end = finish_reason == "stop" and not isinstance(stop_reason, str)
         self.ids += ids
-        if is_document_end and stop_reason is None and self.ids:
+        if is_document_end and self.ids:
             self.ids.pop()  # vLLM hands the end token over with the others
         self._text = decode(self.ids)
         stop = find_stop(self._text, request.stops, request.thoughts, starts_inside=request.starts_inside, is_whole=False)
