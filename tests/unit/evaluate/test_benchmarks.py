@@ -25,6 +25,7 @@ from tpt_megatron.config.evaluate import EvaluateConfig
 from tpt_megatron.config.load import check_config
 from tpt_megatron.errors import ConfigError, DataError, MachineError, Stopped
 from tpt_megatron.evaluate.benchmarks.asking import fit, sampling_of
+from tpt_megatron.evaluate.benchmarks.harness import prepare
 from tpt_megatron.evaluate.generate import Generator, Request
 from tpt_megatron.evaluate.runner import run_evaluate, scores_line
 from tpt_megatron.evaluate.subjects import thoughts_of
@@ -230,6 +231,16 @@ def test_a_task_of_lm_eval_reads_local_files(tmp_path: Path) -> None:
     assert {record["task"] for record in samples(model)} == {"piqa", "super_glue-boolq-t5-prompt"}
 
 
+def test_other_examples_are_another_result(tmp_path: Path) -> None:
+    def settings(example: str) -> Any:
+        for name, goal in (("val", "g"), ("train", example)):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps({"goal": goal, "sol1": "a", "sol2": "b", "label": 0}) + "\n")
+        asked = {"name": "piqa", "data": tmp_path / "val.jsonl", "shots": tmp_path / "train.jsonl", "num_shots": 1}
+        return prepare(EvaluateConfig.model_validate({"model": tmp_path, "benchmarks": [asked]}))[0].settings
+
+    assert settings("one") == settings("one") != settings("other")
+
+
 def test_a_prompt_without_room_loses_its_beginning() -> None:
     ids = list(range(90))
     assert fit(ids, 20, None) == (ids, 20)
@@ -304,6 +315,7 @@ def test_what_does_not_fit_is_refused_before_any_model_is_loaded(tmp_path: Path,
     assert "lm-eval reads the data of this one by itself" in refusal(ConfigError, {"name": "ai2_arc", "data": problems})
     assert "key 'shots' is missing, for its 3 examples" in refusal(ConfigError, {"name": "piqa", "data": problems, "num_shots": 3})
     assert "piqa of lm-eval cannot use these records" in refusal(DataError, {"name": "piqa", "data": problems, "num_shots": 0})
+    assert "humaneval runs code that a model writes" in refusal(ConfigError, {"name": "humaneval"})
     assert "no input file matches" in refusal(DataError, {"name": "gsm8k", "data": tmp_path / "nowhere"})
     vllm = refusal(MachineError, {"name": "gsm8k", "data": problems}, benchmark_options={"backend": "vllm"})
     assert "vllm is not installed; this evaluation needs it: pip install 'tpt-megatron[vllm]'" in vllm

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def _prepare(benchmark: BenchmarkConfig, config: EvaluateConfig) -> Benchmark:
     tasks = loaded["tasks"]
     limit = benchmark.limit or config.limit or None
     most = benchmark.max_new_tokens or (config.benchmark_options.max_new_tokens if benchmark.is_packaged else None)
-    for task in tasks.values():
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise _beyond_us(benchmark, name)
         if most is not None and task.get_config("output_type") == "generate_until":
             task.set_config("generation_kwargs", {"max_gen_toks": most}, update=True)
         if not benchmark.is_packaged:
@@ -92,6 +95,8 @@ def _of_lm_eval(benchmark: BenchmarkConfig) -> dict[str, Any]:
         near = difflib.get_close_matches(benchmark.name, manager.all_tasks, n=3)
         hint = f"; do you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists them"
         raise ConfigError(f"{key} is none of this package's (gsm8k, math, mmlu, mmlu_pro, boolq), and no task of lm-eval's{hint}")
+    if (manager.task_index[benchmark.name].cfg or {}).get("unsafe_code"):  # it would fail to load, and say something else
+        raise _beyond_us(benchmark, benchmark.name)
     wanted: Any = benchmark.name
     if benchmark.data is not None:
         wanted = {"group": "local", "task": [{"task": benchmark.name, **_from_files(benchmark, manager.task_index[benchmark.name])}]}
@@ -105,6 +110,10 @@ def _of_lm_eval(benchmark: BenchmarkConfig) -> dict[str, Any]:
         reason = _first_line(error)
         raise DataError(f"{key}: lm-eval cannot load it without a network ({reason}); give its data as local files, or have its data set cached") from None
     return loaded if benchmark.data is None else {"tasks": loaded["tasks"], "groups": {}}
+
+
+def _beyond_us(benchmark: BenchmarkConfig, task: str) -> ConfigError:
+    return ConfigError(f"benchmarks: name={benchmark.name!r}: {task} runs code that a model writes, or shows pictures or sounds; this command does neither")
 
 
 @cache
@@ -142,9 +151,10 @@ def _shots(task: Any) -> int:
 
 
 def _fingerprint(task: Any) -> str:
-    """Return the SHA-256 of what a task asks."""
+    """Return the SHA-256 of what a task asks, and of what it may show before."""
     digest = hashlib.sha256()
-    for problem in task.eval_docs:
+    examples = (task.fewshot_docs() or []) if (task.get_config("num_fewshot") or 0) > 0 else []
+    for problem in chain(task.eval_docs, examples):
         digest.update(json.dumps(problem, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
