@@ -170,6 +170,20 @@ def read_augmented(record: object, where: str, names: FieldNames = FieldNames())
     return AugmentedDocument(bare, tuple(read_thought(thought, where) for thought in thoughts))
 
 
+def check_thoughts(augmented: AugmentedDocument, where: str, length: int, sha256: str | None = None) -> None:
+    """Raise RecordError for a thought that is not about this document: by what it saw, or by the hash of the text.
+
+    length  characters of the text; sha256: in hex, of the text, at least 16 digits; where it is None and needed it is computed.
+    """
+    for number, thought in enumerate(augmented.thoughts, 1):
+        if thought.seen_end is not None and not 0 <= thought.seen_end <= length:
+            raise RecordError(where, f"thought {number} saw characters up to {thought.seen_end}, the document has {length}")
+        if thought.document_hash is not None:
+            sha256 = sha256 or text_id(augmented.document.text)
+            if not sha256.startswith(thought.document_hash):
+                raise RecordError(where, f"thought {number} is about another text (document_hash {thought.document_hash})")
+
+
 def augmented_to_record(augmented: AugmentedDocument) -> dict[str, Any]:
     """Return the JSON object for one augmented document; fields that are None are left out."""
     document = augmented.document

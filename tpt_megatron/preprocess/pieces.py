@@ -26,15 +26,16 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from tpt_megatron.arms import DelimiterIds, cut_after
 from tpt_megatron.bad_records import WARNINGS_SHOWN, describe_bad_record
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
 from tpt_megatron.datasets import CHAT_PARTS, DOCUMENT_PARTS, token_dtype
+from tpt_megatron.delimiters import delimiter_ids
 from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import read_json, sha256_of, whole_folder
 from tpt_megatron.preprocess.chat import Chat, ChatReader
-from tpt_megatron.preprocess.compose import DelimiterIds, in_validation, plain_arm, sequences
+from tpt_megatron.preprocess.compose import in_validation, plain_arm, sequences
 from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
-from tpt_megatron.preprocess.delimiters import delimiter_ids
 from tpt_megatron.preprocess.duplicates import NearKeys, exact_key
 from tpt_megatron.preprocess.encoding import WINDOW, Encoder
 from tpt_megatron.preprocess.long_text import StringText
@@ -360,4 +361,4 @@ class _PieceAtWork:
 
 def _cuts(thoughts: Sequence[Thought], ends: npt.NDArray[np.int64]) -> list[int]:
     """Return after how many tokens each thought comes: those that hold what it saw, whole tokens. Unknown: all."""
-    return [len(ends) if thought.seen_end is None else int(np.searchsorted(ends, thought.seen_end)) + 1 if thought.seen_end else 0 for thought in thoughts]
+    return [len(ends) if thought.seen_end is None else cut_after(ends, thought.seen_end) for thought in thoughts]

@@ -21,7 +21,7 @@ from tpt_megatron.preprocess.chat import Chat, ChatReader
 from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, StringText, closing_quote, split_long_line
 from tpt_megatron.preprocess.plan import Piece
 from tpt_megatron.record_files import read_rows, too_long
-from tpt_megatron.records import AugmentedDocument, FieldNames, read_augmented, text_id
+from tpt_megatron.records import AugmentedDocument, FieldNames, check_thoughts, read_augmented
 from tpt_megatron.storage import Location
 
 BLOCK = 1_000_000  # bytes; small enough for what is read to be in the cache still when it is parsed
@@ -190,13 +190,7 @@ class PieceReader:
         refused = self.refused_text
         if refused is not None and any(refused in text for text in (document.document.text, *(thought.text for thought in document.thoughts))):
             raise RecordError(where, _spells(refused))
-        for number, thought in enumerate(document.thoughts, 1):
-            if thought.seen_end is not None and not 0 <= thought.seen_end <= length:
-                raise RecordError(where, f"thought {number} saw characters up to {thought.seen_end}, the document has {length}")
-            if thought.document_hash is not None:
-                sha256 = sha256 or text_id(document.document.text)
-                if not sha256.startswith(thought.document_hash):
-                    raise RecordError(where, f"thought {number} is about another text (document_hash {thought.document_hash})")
+        check_thoughts(document, where, length, sha256)
 
     def _read_long(self, record: dict[str, Any], rest: bytes, text: LongText) -> LongDocument:
         try:

@@ -30,11 +30,11 @@ from typing import Any
 
 from tpt_megatron.config.preprocess import Arm, PreprocessConfig
 from tpt_megatron.datasets import MANIFEST_KIND
+from tpt_megatron.delimiters import check_delimiters
 from tpt_megatron.errors import ConfigError, DataError, Stopped, TptError
 from tpt_megatron.files import Manifest, check_outputs, read_json, read_manifest, sha256_of, write_json
 from tpt_megatron.log import progress_bar, set_up_logging
 from tpt_megatron.preprocess.chat import ChatReader, check_chat
-from tpt_megatron.preprocess.delimiters import check_delimiters
 from tpt_megatron.preprocess.duplicates import NearKeys
 from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
 from tpt_megatron.preprocess.finish import Joining, finish, forget_pieces

@@ -8,9 +8,10 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpt_megatron.arms import DelimiterIds, arrange
 from tpt_megatron.config.preprocess import PlainArm
 from tpt_megatron.datasets import PART_DOCUMENT, PART_THINKING
-from tpt_megatron.preprocess.compose import DelimiterIds, arrange, in_validation, plain_arm, sequences
+from tpt_megatron.preprocess.compose import in_validation, plain_arm, sequences
 
 Ids = npt.NDArray[np.uint32]
 

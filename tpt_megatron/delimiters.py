@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tpt_megatron.arms import DelimiterIds
 from tpt_megatron.config.preprocess import Delimiters
 from tpt_megatron.errors import ConfigError
-from tpt_megatron.preprocess.compose import DelimiterIds
 from tpt_megatron.tokenizer import TokenizerLike
 
 logger = logging.getLogger(__name__)
