@@ -278,6 +278,24 @@ def losses(config: ConfigName, overrides: Overrides = None) -> None:
     print(f"{loaded.output}: losses.html, losses.json, tokens.parquet")
 
 
+@app.command(epilog=_keys("value"))
+def value(config: ConfigName, overrides: Overrides = None) -> None:
+    """Score each thought of augmented documents by how much likelier it makes what follows, an answer or the document. Run it again to continue."""
+    from tpt_megatron.config.load import load_config
+    from tpt_megatron.config.value import ValueConfig
+
+    loaded = load_config(ValueConfig, config, overrides or ())
+    _require("torch", "transformers", extra="evaluate")
+    from tpt_megatron.evaluate.value_report import value_tables
+    from tpt_megatron.evaluate.value_runner import run_value
+
+    summary = run_value(loaded)
+    if summary is not None:
+        for part in value_tables(summary):
+            _print_table(part)
+        print(f"{loaded.output}: {summary['counts']['documents']:,} documents with scores at their thoughts, summary.json")
+
+
 @app.command()
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders of the arms to compare; several runs of one arm are its seeds.")],
@@ -393,7 +411,7 @@ def demo(
 
 
 @app.command()
-def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate, losses or experiment")]) -> None:
+def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate, losses, value or experiment")]) -> None:
     """List a stage's config keys with their types, defaults and meaning."""
     from tpt_megatron.config.load import describe_keys
 

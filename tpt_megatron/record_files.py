@@ -10,9 +10,11 @@ import bisect
 import decimal
 import io
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
 
 import orjson
 import pyarrow as pa
@@ -63,7 +65,7 @@ def is_record_file(name: str) -> bool:
 def expand_inputs(patterns: tuple[str, ...]) -> list[Location]:
     """Return the files that names, folders, globs and URLs stand for, each once, in sorted order within a pattern.
 
-    A folder stands for the record files in it; an output folder of `tpt augment` stands for its shards, whose sizes are
+    A folder stands for the record files in it; an output folder of `tpt augment` or `tpt value` stands for its shards, whose sizes are
     checked. Raises DataError when a pattern matches nothing, or when such an output is incomplete.
     """
     found: dict[str, Location] = {}
@@ -94,11 +96,13 @@ def refuse_inputs_in_output(patterns: tuple[str, ...], output: Location) -> None
 
 
 def _augmented_shards(folder: Location) -> list[Location]:
-    """Return the shards of an augment output; none where the folder is something else."""
+    """Return the shards of an output of augmented documents; none where the folder is something else."""
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         if (folder / "plan.json").is_file() and (folder / "shards").is_dir():
-            raise DataError(f"{folder}: an unfinished output of tpt augment (shards without manifest.json); run it again, it goes on where it stopped")
+            raise DataError(
+                f"{folder}: an unfinished output of tpt augment or tpt value (shards without manifest.json); run it again, it goes on where it stopped"
+            )
         return []
     value = read_json(manifest_path)
     if not isinstance(value, dict) or value.get("kind") != AUGMENTED:
@@ -298,12 +302,45 @@ def _as_json(value: Any) -> str:
 def encode_records(records: Sequence[AugmentedDocument], kind: Format) -> bytes:
     """Return the bytes of a file that holds `records`. `read_rows` gives them back; equal records make equal bytes."""
     if kind == "parquet":
-        rows = [_to_columns(augmented_to_record(record)) for record in records]
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=AUGMENTED_SCHEMA), sink, compression="zstd", compression_level=3)
+        pq.write_table(_to_table(records), sink, compression="zstd", compression_level=3)
         return sink.getvalue()
-    lines = b"".join(encode_json(augmented_to_record(record)) + b"\n" for record in records)
+    lines = _to_lines(records)
     return zstandard.ZstdCompressor(level=3).compress(lines) if kind == "jsonl.zst" else lines
+
+
+class RecordWriter:
+    """Writes a file of records of any number, some at a time, for a `with` block; equal records, some at a time alike, make equal bytes."""
+
+    def __init__(self, path: Path, kind: Format) -> None:
+        self._path, self._kind, self._stack = path, kind, ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._kind == "parquet":
+            self._table = self._stack.enter_context(pq.ParquetWriter(self._path, AUGMENTED_SCHEMA, compression="zstd", compression_level=3))
+        else:
+            self._file: IO[bytes] = self._stack.enter_context(open(self._path, "wb"))
+            if self._kind == "jsonl.zst":
+                self._file = self._stack.enter_context(zstandard.ZstdCompressor(level=3).stream_writer(self._file, closefd=False))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def write(self, records: Sequence[AugmentedDocument]) -> None:
+        """Write some records; in Parquet they are a row group."""
+        if self._kind == "parquet":
+            self._table.write_table(_to_table(records))
+        else:
+            self._file.write(_to_lines(records))
+
+
+def _to_table(records: Sequence[AugmentedDocument]) -> pa.Table:
+    return pa.Table.from_pylist([_to_columns(augmented_to_record(record)) for record in records], schema=AUGMENTED_SCHEMA)
+
+
+def _to_lines(records: Sequence[AugmentedDocument]) -> bytes:
+    return b"".join(encode_json(augmented_to_record(record)) + b"\n" for record in records)
 
 
 def _to_columns(record: dict[str, Any]) -> dict[str, Any]:

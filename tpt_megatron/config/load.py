@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from tpt_megatron.errors import ConfigError
 
-STAGES = ("augment", "preprocess", "train", "evaluate", "losses", "experiment")
+STAGES = ("augment", "preprocess", "train", "evaluate", "losses", "value", "experiment")
 
 
 class Config(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from tpt_megatron.config.load import Config, OneOrMore
-from tpt_megatron.config.records import InputFields, OnBadRecord
+from tpt_megatron.config.records import InputFields, OnBadRecord, part_of_work
 from tpt_megatron.tokenizer import END_OF_DOCUMENT
 
 Arm = Literal["vanilla", "append", "prepend", "interleave", "mixed", "chat"]
@@ -135,10 +135,4 @@ class PreprocessConfig(Config):
 
     def part_of_work(self) -> tuple[int, int]:
         """Return (number from 0, how many) of the parts that the work is cut into; (0, 1) without `shard`."""
-        if self.shard is None:
-            return 0, 1
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not 1 <= number <= count:
-            raise ValueError(f"shard={self.shard!r} must be NUMBER/COUNT with 1 <= NUMBER <= COUNT, for example 3/64")
-        return number - 1, count
+        return part_of_work(self.shard)
