@@ -57,6 +57,29 @@ class ChatFields(InputFields):
     messages: str = "messages"
 
 
+class KeepThoughts(Config):
+    """Which thoughts stay, by a score that each has, such as `tpt value` gives. Before arms are made: all have the same documents and thoughts.
+
+    score             where in a thought it is; dots go into groups
+    min               a thought stays where its score is at least this
+    best              of a document so many thoughts at most stay, those of the highest scores (the earlier of equal ones), in their order
+    unscored          thoughts that have none, or null; those that are kept are not counted by `best`
+    without_thoughts  documents with no thought, or none that stays: keep them, as documents only, or drop them from all arms
+    """
+
+    score: str = "value.nats_per_token"
+    min: float | None = None
+    best: int | None = Field(None, ge=1)
+    unscored: Literal["drop", "keep"] = "drop"
+    without_thoughts: Literal["keep", "drop"] = "keep"
+
+    @model_validator(mode="after")
+    def _chooses(self) -> Self:
+        if self.min is None and self.best is None:
+            raise ValueError("give min, best or both")
+        return self
+
+
 class PreprocessConfig(Config):
     """Augmented (or plain) documents in, one token dataset an arm out; or chats in, one token dataset out.
 
@@ -69,6 +92,7 @@ class PreprocessConfig(Config):
                          chat, alone: records are chats, and their tokens are prompt or the assistant's
     mixed                weights of the arms in the arm `mixed`; a document's hash decides which one it gets
     thoughts             joined: all thoughts of a document in one sequence; samples: a sequence for each thought
+    keep_thoughts        choose thoughts by score; default: all stay
     validation_fraction  share of the documents, chosen by the hash of their text (or messages), the same ones in every arm
     deduplicate          none; exact: of documents with the same text (of chats with the same messages) the first one stays; near: of nearly
                          the same text, not for chats
@@ -87,6 +111,7 @@ class PreprocessConfig(Config):
     arms: tuple[Arm, ...] = ("vanilla", "append")
     mixed: dict[PlainArm, float] = Field(default={"vanilla": 1.0, "append": 1.0})
     thoughts: Literal["joined", "samples"] = "joined"
+    keep_thoughts: KeepThoughts | None = None
     delimiters: Delimiters = Delimiters()
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     deduplicate: Literal["none", "exact", "near"] = "none"
@@ -128,6 +153,8 @@ class PreprocessConfig(Config):
             raise ValueError(f"arms={list(self.arms)}: chat reads chats, and the other arms read documents; give it a run and an output of its own")
         if self.thoughts != "joined":
             raise ValueError(f"thoughts={self.thoughts} is for arms of documents; arms=['chat'] has no thoughts")
+        if self.keep_thoughts is not None:
+            raise ValueError("keep_thoughts is for arms of documents; arms=['chat'] has no thoughts")
         if self.deduplicate == "near":
             raise ValueError("deduplicate=near compares documents; with arms=['chat'] give exact or none")
         if self.delimiters != Delimiters():

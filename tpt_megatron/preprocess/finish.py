@@ -22,6 +22,7 @@ from tpt_megatron.errors import DataError
 from tpt_megatron.files import FileEntry, Manifest, open_atomic
 from tpt_megatron.log import progress_bar
 from tpt_megatron.preprocess.chat import end_of_turn
+from tpt_megatron.preprocess.choosing import ChoiceCounts, without_scores
 from tpt_megatron.preprocess.duplicates import NearKeys, first_ones
 from tpt_megatron.preprocess.joining import DatasetJoin, JoinedDataset, Part
 from tpt_megatron.preprocess.pieces import COUNTS, IN_VALIDATION, WITHOUT_THOUGHTS, FinishedPiece, splits, token_parts
@@ -118,15 +119,17 @@ def finish(
     counts = Counter({name: sum(piece.counts[name] for piece in pieces) for name in COUNTS})
     with _scratch(config.output / "pieces/.finish") as scratch:
         kept = _kept(config, pieces, scratch)
+        chosen = _chosen(config, pieces)
         counts["duplicates"] = 0 if kept is None else sum(int(np.count_nonzero(~flags)) for flags in kept)
         by_split = {split: _documents(pieces, kept, split) for split in splits(config)}
         for split, found in by_split.items():
             if not found["documents"]:
                 read = f"{counts['lines_read']} lines read, {counts['bad_records']} bad, {counts['blank_lines']} blank"
-                hint = f"; change validation_fraction={config.validation_fraction}" if counts["records"] else ""
+                hint = f"; change validation_fraction={config.validation_fraction}" if counts["records"] > chosen["documents_dropped"] else ""
+                hint += f"; {chosen['documents_dropped']} were dropped, since none of their thoughts stayed" if chosen["documents_dropped"] else ""
                 raise DataError(f"{config.output}: no document for {split} ({read}){hint}")
         assert counts["lines_read"] == counts["records"] + counts["bad_records"] + counts["blank_lines"]
-        assert counts["records"] == counts["duplicates"] + sum(found["documents"] for found in by_split.values())
+        assert counts["records"] == counts["duplicates"] + chosen["documents_dropped"] + sum(found["documents"] for found in by_split.values())
         datasets = joining.close(pieces, kept)
     _copy_bad_records(config.output / "bad_records.jsonl", pieces, counts["bad_records"])
     manifests = {}
@@ -134,7 +137,7 @@ def finish(
     for (arm, split), dataset in datasets.items():
         sidecar(dataset.prefix, "manifest.json").unlink(missing_ok=True)  # of a dataset found damaged
         dataset.rename()
-        manifests[f"{arm}/{split}"] = _describe(config, plan, arm, split, tokenizer, dataset, entries, by_split[split] + counts)
+        manifests[f"{arm}/{split}"] = _describe(config, plan, arm, split, tokenizer, dataset, entries, by_split[split] + counts, chosen)
     for name, manifest in manifests.items():
         manifest.write(sidecar(config.output / name, "manifest.json"))
     forget_pieces(config.output)
@@ -210,6 +213,15 @@ def _documents(pieces: Sequence[FinishedPiece], kept: list[npt.NDArray[np.bool_]
     return found
 
 
+def _chosen(config: PreprocessConfig, pieces: Sequence[FinishedPiece]) -> Counter[str]:
+    """Return the counts of thoughts that were chosen by score, empty where none are; DataError where no thought has one."""
+    counts = sum((Counter(piece.chosen) for piece in pieces), Counter[str]())
+    scored = counts["thoughts_read"] - counts["thoughts_unscored"] - counts["thoughts_kept_unscored"]
+    if config.keep_thoughts is not None and counts["thoughts_read"] and not scored:
+        raise DataError(f"{config.output}: {without_scores(config.keep_thoughts, counts['thoughts_read'])}")
+    return counts
+
+
 def _copy_bad_records(path: Path, pieces: Sequence[FinishedPiece], count: int) -> None:
     if not count:
         path.unlink(missing_ok=True)
@@ -236,8 +248,12 @@ def _describe(
     dataset: JoinedDataset,
     inputs: tuple[FileEntry, ...],
     counts: Counter[str],
+    chosen: Counter[str],
 ) -> Manifest:
-    """Return the dataset's manifest, which is written last. lines_read, records and what follows them are of the whole run."""
+    """Return the dataset's manifest, which is written last. lines_read, records and what follows them are of the whole run.
+
+    chosen: counts of thoughts, where they are chosen by score.
+    """
     tokens, parts = dataset.counts, token_parts(config)
     without_thoughts = {} if config.reads_chats else {"documents_without_thoughts": counts["documents_without_thoughts"]}
     settings: dict[str, Any] = {key: value for key, value in plan.settings.items() if key != "mixed" or arm == "mixed"}
@@ -257,6 +273,7 @@ def _describe(
             "duplicates": counts["duplicates"],
             "bad_records": counts["bad_records"],
             "blank_lines": counts["blank_lines"],
+            **({} if config.keep_thoughts is None else {name: chosen[name] for name in ChoiceCounts().as_dict()}),
         },
         details={
             "arm": arm,

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ from tpt_megatron.delimiters import delimiter_ids
 from tpt_megatron.errors import DataError, RecordError
 from tpt_megatron.files import read_json, sha256_of, whole_folder
 from tpt_megatron.preprocess.chat import Chat, ChatReader
+from tpt_megatron.preprocess.choosing import ThoughtChoice
 from tpt_megatron.preprocess.compose import in_validation, plain_arm, sequences
 from tpt_megatron.preprocess.dataset import PartWriter, Row, SourceNumbers
 from tpt_megatron.preprocess.duplicates import NearKeys, exact_key
@@ -68,7 +69,7 @@ def token_parts(config: PreprocessConfig) -> tuple[int, ...]:
 class FinishedPiece:
     """What a finished piece says of itself. sources: names by ARM.SPLIT; input_sha256: of the whole input file, where the piece is its first.
 
-    input_stamp: of the input when it was planned, as this piece's machine sees it.
+    input_stamp: of the input when it was planned, as this piece's machine sees it. chosen: counts of thoughts, where they are chosen by score.
     """
 
     folder: Path
@@ -80,6 +81,7 @@ class FinishedPiece:
     input_sha256: str | None
     input_stamp: str
     sizes: dict[str, int]
+    chosen: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> FinishedPiece:
@@ -175,6 +177,7 @@ class PieceWorker:
         Raises OSError for a disk that is full, also when that was found out for the piece before.
         """
         place = locate(self._plan.inputs[piece.file][0])
+        choice = None if self._config.keep_thoughts is None else ThoughtChoice(self._config.keep_thoughts)
         with whole_folder(self._config.output / "pieces" / piece.name, self._sync_aside) as folder:
             with ExitStack() as stack:
                 at_work = _PieceAtWork(self, folder, stack)
@@ -189,6 +192,7 @@ class PieceWorker:
                     refused_text=self._refused_text,
                     longest_text=WINDOW[self._encoder.engine],
                     chats=self._chats,
+                    choice=choice,
                 )
                 for batch in reader.batches():
                     if isinstance(batch, LongDocument):
@@ -199,7 +203,7 @@ class PieceWorker:
                         at_work.add(batch)
             counts = reader.counts
             assert counts.lines_read == counts.records + counts.bad_records + counts.blank_lines
-            assert counts.records == at_work.documents
+            assert counts.records == at_work.documents + (0 if choice is None else choice.counts.documents_dropped)
             description = {
                 "plan": self._fingerprint,
                 "arms": self._arms,
@@ -209,7 +213,7 @@ class PieceWorker:
                 "input_stamp": self._plan.stamps[piece.file],
                 "input_sha256": sha256_of(place) if piece.is_first else None,
                 "sizes": LocalLocation(folder).sizes(),
-            }
+            } | ({} if choice is None else {"chosen": choice.counts.as_dict()})
             (folder / "piece.json").write_bytes(orjson.dumps(description))
 
     def _sync_aside(self, give_name: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from tpt_megatron.bad_records import LineCounts
 from tpt_megatron.errors import RecordError
 from tpt_megatron.files import decompressed, is_compressed, parse_json_line, reading
 from tpt_megatron.preprocess.chat import Chat, ChatReader
+from tpt_megatron.preprocess.choosing import ThoughtChoice
 from tpt_megatron.preprocess.long_text import LONG_LINE, LongText, StringText, closing_quote, split_long_line
 from tpt_megatron.preprocess.plan import Piece
 from tpt_megatron.record_files import read_rows, too_long
@@ -76,6 +77,7 @@ class PieceReader:
     refused_text: the end-of-document token's spelling, where this tokenizer reads it in a text as that token
     longest_text: characters from which on a text is a long one; chats are none
     chats: reads chats, where the records are chats
+    choice: chooses among a document's thoughts
     """
 
     place: Location
@@ -88,6 +90,7 @@ class PieceReader:
     refused_text: str | None = None
     longest_text: int = 4 * CHARACTERS_PER_BATCH
     chats: ChatReader | None = None
+    choice: ThoughtChoice | None = None
     counts: LineCounts = field(default_factory=LineCounts)
     _first_line: int = 0  # byte at which the first line of the piece begins
 
@@ -107,6 +110,11 @@ class PieceReader:
                 self.set_aside(*document)
                 continue
             self.counts.records += 1
+            if self.choice is not None:
+                chosen = _with_chosen_thoughts(document, self.choice)
+                if chosen is None:
+                    continue
+                document = chosen
             if isinstance(document, AugmentedDocument) and len(document.document.text) > self.longest_text and self.chats is None:
                 text = document.document.text
                 document = LongDocument(document, StringText(text), _sha256(StringText(text)))
@@ -191,6 +199,8 @@ class PieceReader:
         if refused is not None and any(refused in text for text in (document.document.text, *(thought.text for thought in document.thoughts))):
             raise RecordError(where, _spells(refused))
         check_thoughts(document, where, length, sha256)
+        if self.choice is not None:
+            self.choice.check(document, where)
 
     def _read_long(self, record: dict[str, Any], rest: bytes, text: LongText) -> LongDocument:
         try:
@@ -212,6 +222,12 @@ class PieceReader:
         bare = replace(document, document=replace(document.document, text=""))
         self._check(bare, "", length, sha256)
         return LongDocument(bare, text, bytes.fromhex(sha256))
+
+
+def _with_chosen_thoughts(document: AugmentedDocument | LongDocument, choice: ThoughtChoice) -> AugmentedDocument | LongDocument | None:
+    """Return a document with those of its thoughts that stay; None where it is dropped."""
+    chosen = choice.of(document.augmented if isinstance(document, LongDocument) else document)
+    return replace(document, augmented=chosen) if chosen is not None and isinstance(document, LongDocument) else chosen
 
 
 class _Line:

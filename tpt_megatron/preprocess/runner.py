@@ -35,6 +35,7 @@ from tpt_megatron.errors import ConfigError, DataError, Stopped, TptError
 from tpt_megatron.files import Manifest, check_outputs, read_json, read_manifest, sha256_of, write_json
 from tpt_megatron.log import progress_bar, set_up_logging
 from tpt_megatron.preprocess.chat import ChatReader, check_chat
+from tpt_megatron.preprocess.choosing import check_scored
 from tpt_megatron.preprocess.duplicates import NearKeys
 from tpt_megatron.preprocess.encoding import Encoder, Engine, choose_engine
 from tpt_megatron.preprocess.finish import Joining, finish, forget_pieces
@@ -87,6 +88,7 @@ def run_preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
         todo = [piece for piece in part if piece.number not in kept]
         with Joining(config, plan, pending, tokenizer) as joining:
             if todo:
+                check_scored(config, inputs)
                 sample = _sample(config, inputs, None if template is None else ChatReader(template, tokenizer, config.fields.names(), config.fields.messages))
                 encoder = choose_engine(tokenizer, config.engine, sample, verify_all=config.verify == "full", reads_special=template is not None)
                 _work(config, plan, pending, tokenizer, encoder, todo, joining, template)
@@ -145,7 +147,12 @@ def _alone(output: Path, shard: int | None) -> Iterator[None]:
 def _settings(config: PreprocessConfig, tokenizer: TokenizerLike, template: ChatTemplate | None) -> dict[str, Any]:
     """Return what datasets depend on besides the inputs and the arm; tokenizer and template by what they are, not where they lie."""
     without = {"input", "output", "arms", "tokenizer", "workers", "shard", "engine", "verify", "piece_megabytes", "on_bad_record", "chat"}
-    unused = {name for name, used in (("mixed", "mixed" in config.arms), ("near_duplicates", config.deduplicate == "near")) if not used}
+    uses = (
+        ("mixed", "mixed" in config.arms),
+        ("near_duplicates", config.deduplicate == "near"),
+        ("keep_thoughts", config.keep_thoughts is not None),  # so that datasets of releases without it are kept
+    )
+    unused = {name for name, used in uses if not used}
     settings = {**config.model_dump(mode="json", exclude=without | unused), "tokenizer_fingerprint": tokenizer.fingerprint}
     if template is None:
         del settings["fields"]["messages"]

@@ -40,7 +40,9 @@ sequences = st.lists(st.lists(st.integers(0, 256), min_size=2, max_size=40), min
 
 @settings(max_examples=20)
 @given(sequences, st.integers(1, 100), st.data())
-def test_values_are_the_models_whatever_the_batches_are(reference: LlamaForCausalLM, model: LanguageModel, lists: list[list[int]], room: int, data: st.DataObject) -> None:
+def test_values_are_the_models_whatever_the_batches_are(
+    reference: LlamaForCausalLM, model: LanguageModel, lists: list[list[int]], room: int, data: st.DataObject
+) -> None:
     asked = [(np.array(ids, np.int64), data.draw(st.integers(1, len(ids) - 1))) for ids in lists]
     advanced: list[int] = []
     found = model.log_likelihoods(asked, room, advanced.append)

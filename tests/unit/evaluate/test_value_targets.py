@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -32,7 +32,9 @@ def document(text: str = TEXT, *thoughts: Thought, **extra: Any) -> AugmentedDoc
 def texts(question: Question | Reason, tokenizer: TokenizerLike) -> tuple[str, str, str]:
     """Return both sides, and the target."""
     assert isinstance(question, Question), question
-    return *(tokenizer.decode(ids.tolist()) for ids in (question.with_thought, question.without)), tokenizer.decode(question.without[-question.target :].tolist())
+    return *(tokenizer.decode(ids.tolist()) for ids in (question.with_thought, question.without)), tokenizer.decode(
+        question.without[-question.target :].tolist()
+    )
 
 
 def asked(augmented: AugmentedDocument, longest: int = 1000, **changes: Any) -> tuple[Question | Reason, tuple[str, str, str]]:
@@ -57,7 +59,11 @@ def test_the_document_follows_the_thought_and_its_first_token_counts_on_neither_
 
 @pytest.mark.parametrize(
     ("answer", "before", "target"),
-    [({"delimiter": "####"}, TEXT[:-2], " 4"), ({"pattern": r"(?=\d+$)"}, TEXT[:-1], "4"), ({"pattern": r"(?i)TWO "}, "What is 2 and 2? Two ", "of them. #### 4")],
+    [
+        ({"delimiter": "####"}, TEXT[:-2], " 4"),
+        ({"pattern": r"(?=\d+$)"}, TEXT[:-1], "4"),
+        ({"pattern": r"(?i)TWO "}, "What is 2 and 2? Two ", "of them. #### 4"),
+    ],
 )
 def test_the_answer_in_the_document(answer: dict[str, str], before: str, target: str) -> None:
     question, found = asked(document(), target="answer", answer=answer)
@@ -125,17 +131,16 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> str:
 words = st.text(st.sampled_from("ab cé漢\n.<think>"), min_size=1, max_size=30).filter(lambda text: text.strip() != "")
 
 
+@settings(max_examples=25)
 @given(words, st.lists(st.tuples(words, st.integers(0, 30)), min_size=1, max_size=3))
-def test_what_is_asked_is_what_interleave_trains_on(
-    tmp_path_factory: pytest.TempPathFactory, bpe: str, text: str, thoughts: list[tuple[str, int]]
-) -> None:
+def test_what_is_asked_is_what_interleave_trains_on(tmp_path_factory: pytest.TempPathFactory, bpe: str, text: str, thoughts: list[tuple[str, int]]) -> None:
     """Each thought by itself, with what follows it, token by token as `tpt preprocess` writes it; and without it, as vanilla is."""
     folder = tmp_path_factory.mktemp("arms")
     given_thoughts = tuple(Thought(thought, "g", seen_end=min(end, len(text))) for thought, end in thoughts)
     augmented = AugmentedDocument(Document("d", text), given_thoughts)
     (folder / "in.jsonl").write_bytes(encode_records([augmented], "jsonl"))
-    settings = {"input": str(folder / "in.jsonl"), "output": folder / "out", "tokenizer": bpe, "arms": ["interleave", "vanilla"], "thoughts": "samples"}
-    run_preprocess(PreprocessConfig.model_validate(settings))
+    made = {"input": str(folder / "in.jsonl"), "output": folder / "out", "tokenizer": bpe, "arms": ["interleave", "vanilla"], "thoughts": "samples"}
+    run_preprocess(PreprocessConfig.model_validate(made))
     interleaved, vanilla = (open_dataset(folder / f"out/{arm}/train") for arm in ("interleave", "vanilla"))
     questions = Questions(config(), load_tokenizer(bpe, END_OF_DOCUMENT), 10_000).of(augmented)
     for number, question in enumerate(questions):
