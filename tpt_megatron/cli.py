@@ -304,14 +304,21 @@ def compare(
     costs: Annotated[
         Path | None, typer.Option(metavar="PLAN", help="plan.json of tpt experiment: count FLOPs, too, those of the generator among them.")
     ] = None,
+    difficulty: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Hold thinking length against it: an output of tpt losses; or record files, with --difficulty-field.")
+    ] = None,
+    difficulty_field: Annotated[str | None, typer.Option(metavar="NAME", help="The field of the records in --difficulty.")] = None,
 ) -> None:
-    """Compare runs: curves, scores against tokens, and how many fewer tokens thinking needed."""
+    """Compare runs: curves, scores against tokens, how many fewer tokens thinking needed, and how long thinking is."""
     _require("matplotlib", "jinja2", extra="report")
     from tpt_megatron.compare.report import terminal_table
     from tpt_megatron.compare.runner import run_compare
+    from tpt_megatron.compare.thinking_report import thinking_table
 
-    comparison = run_compare(run_dirs, output, notes, costs)
+    comparison = run_compare(run_dirs, output, notes, costs, difficulty, difficulty_field)
     _print_table(terminal_table(comparison))
+    if comparison["thinking"] is not None and comparison["thinking"]["arms"]:
+        _print_table(thinking_table(comparison["thinking"], comparison["interval"]))
     print(f"report: {output / 'report.html'}")
 
 

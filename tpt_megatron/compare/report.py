@@ -12,6 +12,7 @@ from rich.table import Table
 from tpt_megatron import __version__
 from tpt_megatron.compare.curves import THRESHOLDS, Run, group_by_arm, mean_curve
 from tpt_megatron.compare.figures import Line, arm_colours, as_text, curve_figure, smooth
+from tpt_megatron.compare.thinking_report import thinking_section
 
 TERMINAL_THRESHOLDS = (0.5, 0.9)
 NOT_REACHED = "not reached"
@@ -38,6 +39,7 @@ def render_html(comparison: dict[str, Any], runs: Sequence[Run], notes: str | No
         headlines=headlines(comparison),
         thresholds=THRESHOLDS,
         tasks=[_task_section(task, about, comparison["baseline"], colours) for task, about in comparison["tasks"].items()],
+        thinking=None if comparison["thinking"] is None else thinking_section(comparison["thinking"], comparison["interval"], colours),
         losses=_loss_figures(runs, colours),
         notes=[paragraph.strip() for paragraph in (notes or "").split("\n\n") if paragraph.strip()],
     )

@@ -63,6 +63,7 @@ class ExperimentConfig(Config):
     ranks        on this machine, a run
     evaluate_with  keys of every arm's evaluation, dotted
     generator    what wrote the thoughts; needed for match: compute
+    difficulty   for the reports: how hard documents are, an output of tpt losses, or record files; difficulty_field: of these
     notes        what the comparison does and does not show, for the report
     """
 
@@ -78,6 +79,8 @@ class ExperimentConfig(Config):
     ranks: PositiveInt = 1
     evaluate_with: dict[str, Any] = Field(default_factory=dict)
     generator: GeneratorCost | None = None
+    difficulty: Path | None = None
+    difficulty_field: str | None = None
     notes: str | None = None
 
     @model_validator(mode="after")
@@ -89,6 +92,8 @@ class ExperimentConfig(Config):
         for name, values in (("match", self.match), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has one of {', '.join(map(str, values))} twice")
+        if self.difficulty_field is not None and self.difficulty is None:
+            raise ValueError("difficulty_field names a field of record files; give these as difficulty")
         if "compute" in self.match and self.generator is None:
             raise ValueError("match: compute counts what the thoughts cost; give generator.parameters")
         return self

@@ -18,7 +18,7 @@ from tpt_megatron.files import read_json, write_json, write_text
 from tpt_megatron.log import console
 
 PLAN = "plan.json"
-FREE = ("seeds", "match", "notes", "evaluate_with", "ranks")
+FREE = ("seeds", "match", "notes", "difficulty", "difficulty_field", "evaluate_with", "ranks")
 """Keys that may change when an experiment goes on: they add runs, or change none."""
 
 
@@ -84,8 +84,10 @@ def _commands(config: ExperimentConfig, planned: list[PlannedArm]) -> Iterator[t
     for match in config.match:
         folders = [str(run_dir(config, arm, seed)) for arm in planned if arm.match == match for seed in config.seeds]
         costs = [] if config.generator is None else ["--costs", str(config.output / PLAN)]
+        hard = [] if config.difficulty is None else ["--difficulty", str(config.difficulty)]
+        hard += [] if config.difficulty_field is None else ["--difficulty-field", config.difficulty_field]
         notes = [] if config.notes is None else ["--notes", config.notes]
-        yield f"Compare: equal {match}", commands.tpt("compare", *folders, "--output", str(report_folder(config.output, match)), *costs, *notes)
+        yield f"Compare: equal {match}", commands.tpt("compare", *folders, "--output", str(report_folder(config.output, match)), *costs, *hard, *notes)
 
 
 def report_folder(output: Path, match: str) -> Path:
