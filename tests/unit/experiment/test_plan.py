@@ -161,6 +161,16 @@ def test_every_run_has_a_config_that_train_reads_and_runs_are_shared(datasets: P
     assert "tpt evaluate" not in script  # no arm says how
 
 
+def test_reports_hold_thinking_against_a_difficulty_that_may_come_later(datasets: Path, tmp_path: Path) -> None:
+    prepare(experiment(datasets, output=str(tmp_path)))
+    assert "--difficulty" not in (tmp_path / "commands.sh").read_text()
+    prepare(experiment(datasets, output=str(tmp_path), difficulty="corpus", difficulty_field="level"))
+    (line,) = [line for line in (tmp_path / "commands.sh").read_text().splitlines() if line.startswith("tpt compare")]
+    assert "--difficulty corpus --difficulty-field level" in line
+    with pytest.raises(ConfigError, match="difficulty_field names a field of record files"):
+        experiment(datasets, difficulty_field="level")
+
+
 def test_another_experiment_in_the_same_folder_is_refused_and_more_seeds_are_not(datasets: Path, tmp_path: Path) -> None:
     prepare(experiment(datasets, output=str(tmp_path)))
     prepare(experiment(datasets, output=str(tmp_path), seeds=[1, 2]))
