@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_runs import write_run
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -71,6 +71,7 @@ lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 40), st.sampled_f
 
 
 @settings(max_examples=25)
+@example([(1, i, "web" if i < 5 else None) for i in range(10)], 3)
 @given(lengths, st.integers(1, 50))
 def test_blocks_change_nothing(tmp_path_factory: pytest.TempPathFactory, made: list[tuple[int, int, str | None]], block: int) -> None:
     folder = tmp_path_factory.mktemp("thinking")
@@ -151,7 +152,7 @@ def test_what_has_no_correlation_says_why(tmp_path: Path) -> None:
 
 
 def test_the_report_shows_it_wide_and_narrow(tmp_path: Path) -> None:
-    made = sequences([(20, 10 + 5 * i, f"source $number {i % 14} of <many>") for i in range(60)])
+    made = sequences([(20, 10 + 5 * i, f"source $n$ {i % 14} of <many>") for i in range(60)])
     write_token_files(tmp_path / "append", made)
     write_token_files(tmp_path / "vanilla", [(document, [], source) for document, _, source in made])
     runs = [run_on(tmp_path / f"run-{arm}", arm, [tmp_path / arm]) for arm in ("append", "vanilla")]
@@ -163,7 +164,8 @@ def test_the_report_shows_it_wide_and_narrow(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/report.json").read_text()) == result
     assert result["format"] == 2
     page = (tmp_path / "out/report.html").read_text()
-    assert "source $number 3 of &lt;many&gt;" in page
+    assert '<td class="name">source $n$ 3 of &lt;many&gt;</td>' in page
+    assert re.search(r"<text [^>]*>source \$n\$ 3 of &lt;many&gt;</text>", page)
     assert "nowhere.idx: no such file" in page
     assert re.search(r"append: Spearman&#39;s ρ [+-]0\.\d\d \(60 documents, 90% interval", page)
     assert page.count("<svg") == 4  # sources, difficulty, two losses
