@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import tpt_megatron.mcore  # noqa: F401  (before megatron, which the ranks' support imports)
 from tests.support.ranks import WarmRanks
 from tests.support.train_runs import preprocess_corpus, write_train_config
 

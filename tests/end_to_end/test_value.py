@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import tpt_megatron.mcore  # noqa: F401  (before megatron, which the ranks' support imports)
 from tests.support.byte_model import make_byte_model
 from tests.support.ranks import WarmRanks
 from tests.support.train_runs import preprocess_corpus, write_train_config

@@ -31,14 +31,16 @@ def test_rooms_that_promise_it_load_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", [[], ["augment"], ["preprocess"], ["train"], ["convert", "export"], ["evaluate"], ["compare"], ["demo"], ["keys"]])
+@pytest.mark.parametrize(
+    "command", [[], ["augment"], ["preprocess"], ["train"], ["convert", "export"], ["evaluate"], ["losses"], ["value"], ["compare"], ["demo"], ["keys"]]
+)
 def test_every_command_has_help(command: list[str]) -> None:
     ended = tpt(*command, "--help")
     assert ended.returncode == 0
     assert "Usage:" in ended.stdout
 
 
-@pytest.mark.parametrize("stage", ["augment", "preprocess", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["augment", "preprocess", "train", "evaluate", "losses", "value"])
 def test_keys_of_every_stage_are_listed(stage: str) -> None:
     ended = tpt("keys", stage)
     assert ended.returncode == 0
