@@ -110,8 +110,9 @@ def _open(prefixes: Mapping[str, Any], missing: list[str]) -> list[TokenDataset]
             if not table.is_file() or not set(_COLUMNS) <= set(pq.read_schema(table).names):
                 missing.append(f"{prefix}: it has no table that says what of its documents is thinking")
                 continue
-        except (DataError, OSError) as error:
-            missing.append(str(error))
+        except (DataError, OSError, pa.ArrowException) as error:
+            said = str(error).splitlines()[0]
+            missing.append(said if isinstance(error, DataError) else f"{prefix}: {said}")
             continue
         opened.append(dataset)
     return opened

@@ -187,6 +187,12 @@ def test_runs_that_do_not_say_what_they_read_have_no_section(tmp_path: Path) -> 
     write_token_files(tmp_path / "plain", sequences([(1, 0, None)]), sidecars=False)
     result = run_compare([run_on(tmp_path / "other", "tpt", [tmp_path / "plain"])], tmp_path / "out")
     assert result["thinking"]["missing"] == [f"{tmp_path / 'plain'}: it has no table that says what of its documents is thinking"]
+    write_token_files(tmp_path / "damaged", sequences([(1, 1, None)]))
+    table = Path(f"{tmp_path / 'damaged'}.documents.parquet")
+    table.write_bytes(b"x" * table.stat().st_size)
+    found = thinking_of({"tpt": [run_on(tmp_path / "third", "tpt", [tmp_path / "damaged"])]})
+    assert found is not None
+    assert [line.startswith(f"{tmp_path / 'damaged'}: ") for line in found["missing"]] == [True]
     assert "no table that says" in (tmp_path / "out/report.html").read_text()
     with pytest.raises(UsageError, match="--difficulty-field names a field"):
         run_compare([tmp_path / "run"], tmp_path / "out", difficulty_field="level")
