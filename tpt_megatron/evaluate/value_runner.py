@@ -22,8 +22,9 @@ import orjson
 from tpt_megatron.config.value import ValueConfig
 from tpt_megatron.delimiters import check_delimiters
 from tpt_megatron.errors import ConfigError
+from tpt_megatron.evaluate.exports import model_folder
 from tpt_megatron.evaluate.likelihood import LanguageModel, choose_device, fingerprint, model_tokenizer
-from tpt_megatron.evaluate.token_losses import model_folder, positions_of
+from tpt_megatron.evaluate.token_losses import positions_of
 from tpt_megatron.evaluate.value_report import summarise
 from tpt_megatron.evaluate.value_shards import ValuePlan, ValueShards, describe
 from tpt_megatron.evaluate.value_statistics import ValueStatistics
