@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from tpt_megatron.errors import ConfigError, DataError
+from tpt_megatron.evaluate.models import load_model
 from tpt_megatron.files import sha256_of
 from tpt_megatron.quiet import quiet_transformers
 from tpt_megatron.tokenizer import TokenizerLike, load_tokenizer
@@ -24,7 +25,7 @@ ROWS_AT_ONCE = 1024
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a config's key `device` names; ConfigError where this machine does not have it."""
+    """Return the device that a config's key `device` names, or auto; ConfigError where this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -59,20 +60,11 @@ class LanguageModel:
 
     def __init__(self, folder: Path, dtype: str, device: torch.device) -> None:
         """Load it; DataError when it is missing, incomplete or damaged. Nothing is ever downloaded."""
-        try:
-            with quiet_transformers():
-                model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
-                )
-        except Exception as error:  # noqa: BLE001  transformers and safetensors raise bare exceptions of many kinds for damage
-            raise DataError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from None
-        if missing := sorted(loading["missing_keys"]):  # transformers would make them up at random
-            raise DataError(f"{folder}: the weights lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}; export the model again")
+        loaded = load_model(folder, dtype, str(device))
         self.folder = folder
-        self._model: Any = model.eval().to(device)
-        self._device = device
-        self.vocabulary_size = int(model.config.vocab_size)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._model, self._device = loaded.model, loaded.device
+        self.vocabulary_size = int(self._model.config.vocab_size)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     def log_likelihoods(
         self, asked: Sequence[tuple[Ids, int]], batch_tokens: int, advance: Callable[[int], object] = lambda sequences: None
@@ -84,7 +76,7 @@ class LanguageModel:
         """
         largest = max((int(ids.max()) for ids, _ in asked), default=0)
         if largest >= self.vocabulary_size:
-            raise DataError(f"{self.folder}: the model has {self.vocabulary_size} ids and its tokenizer gave {largest}; they do not belong together")
+            raise DataError(f"{self.folder}: it has {self.vocabulary_size} ids and the texts have {largest}; they are of another tokenizer")
         found: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(asked)
         for batch in batches([len(ids) for ids, _ in asked], batch_tokens):
             for number, values in zip(batch, self._of_batch([asked[number] for number in batch]), strict=True):

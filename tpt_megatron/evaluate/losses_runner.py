@@ -40,7 +40,7 @@ def run_losses(config: LossesConfig) -> dict[str, Any]:
         most = min(positions_of(folder) for folder in folders.values())
         documents = choose_documents(dataset, config.documents, min(config.longest or most, most))
         losses = {}
-        with progress_bar("losses", total=len(documents.token) * len(folders)) as bar:
+        with progress_bar("losses", total=len(documents.whole) * len(folders)) as bar:
             for name, folder in folders.items():
                 bar.say(name)
                 losses[name] = token_losses(folder, documents, config.dtype, bar.advance)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import transformers
 
 from tpt_megatron.datasets import PART_DOCUMENT, TokenDataset, open_sources
 from tpt_megatron.errors import DataError
-from tpt_megatron.evaluate.models import load_model
+from tpt_megatron.evaluate.likelihood import LanguageModel, choose_device
 from tpt_megatron.quiet import quiet_transformers
 
 LOGITS_BYTES = 1 << 28
@@ -73,44 +71,11 @@ def positions_of(folder: Path) -> int:
         return int(transformers.AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings)
 
 
-def token_losses(folder: Path, documents: Documents, dtype: str, advance: Callable[[int], None] = lambda tokens: None) -> npt.NDArray[np.float32]:
-    """Return the loss [n] of each token of `documents`, in nats, under the model of a folder. `advance` is told how many tokens each batch had.
+def token_losses(folder: Path, documents: Documents, dtype: str, advance: Callable[[int], object] = lambda documents: None) -> npt.NDArray[np.float32]:
+    """Return the loss [n] of each token of `documents`, in nats, under the model of a folder. `advance` is told how many documents each batch had.
 
     DataError when the model cannot be loaded, or has fewer ids than the documents.
     """
-    loaded = load_model(folder, dtype)
-    model, device = loaded.model, loaded.device
-    vocabulary = int(model.config.vocab_size)
-    if (largest := max(int(tokens.max()) for tokens in documents.whole)) >= vocabulary:
-        raise DataError(f"{folder}: it has {vocabulary} ids and the documents have {largest}; it was trained with another tokenizer")
-    found: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(documents.whole)
-    for batch in _batches([len(tokens) for tokens in documents.whole], LOGITS_BYTES // (3 * 4 * vocabulary)):
-        for number, losses in zip(batch, _losses(model, [documents.whole[number] for number in batch], device), strict=True):
-            found[number] = losses
-        advance(sum(len(found[number]) for number in batch))
-    return np.concatenate(found)
-
-
-def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of documents of like length, so many that they have at most `tokens` tokens when padded; one at least."""
-    batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[number] > tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def _losses(model: Any, documents: Sequence[npt.NDArray[np.int64]], device: torch.device) -> list[npt.NDArray[np.float32]]:
-    width = max(map(len, documents))
-    ids_bs = torch.zeros((len(documents), width), dtype=torch.int64)
-    mask_bs = torch.zeros_like(ids_bs)
-    for row, tokens in enumerate(documents):
-        ids_bs[row, : len(tokens)], mask_bs[row, : len(tokens)] = torch.from_numpy(tokens), 1
-    ids_bs, mask_bs = ids_bs.to(device), mask_bs.to(device)
-    logits_bsv = model(input_ids=ids_bs, attention_mask=mask_bs).logits[:, :-1].float()
-    losses_bs = torch.nn.functional.cross_entropy(logits_bsv.transpose(1, 2), ids_bs[:, 1:], reduction="none").cpu().numpy()
-    return [losses_bs[row, : len(tokens) - 1] for row, tokens in enumerate(documents)]
+    model = LanguageModel(folder, dtype, choose_device("auto"))
+    asked = [(tokens, len(tokens) - 1) for tokens in documents.whole]
+    return -np.concatenate(model.log_likelihoods(asked, LOGITS_BYTES // (3 * 4 * model.vocabulary_size), advance))

@@ -76,7 +76,7 @@ def test_batches_hold_every_sequence_once_and_no_more_than_they_may(lengths: lis
 
 
 def test_what_does_not_fit_is_refused_in_a_line(folder: Path, model: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the model has 257 ids and its tokenizer gave 300"):
+    with pytest.raises(DataError, match="it has 257 ids and the texts have 300; they are of another tokenizer"):
         model.log_likelihoods([(np.array([1, 300]), 1)], 10)
     with pytest.raises(DataError, match="not a Hugging Face model folder"):
         fingerprint(tmp_path)

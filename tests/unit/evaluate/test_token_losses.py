@@ -63,13 +63,13 @@ def test_losses_are_those_of_each_document_by_itself(model: Path, prefix: Path, 
         advanced.clear()
         found = token_losses(model, documents, "float32", advanced.append)
         assert np.abs(found - expected).max() < 2e-5
-        assert sum(advanced) == len(documents.token)
+        assert sum(advanced) == len(documents.whole)
     assert len(advanced) == 1
 
 
 def test_a_model_of_fewer_ids_is_refused(model: Path, tmp_path: Path) -> None:
     write_token_files(tmp_path / "data", [([255, 300, 4], [], None)], "int32")
-    with pytest.raises(DataError, match="it has 257 ids and the documents have 300; it was trained with another tokenizer"):
+    with pytest.raises(DataError, match="it has 257 ids and the texts have 300; they are of another tokenizer"):
         token_losses(model, choose_documents(open_dataset(tmp_path / "data"), 0, 64), "float32")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: the model cannot be loaded"):
