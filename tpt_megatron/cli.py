@@ -417,8 +417,28 @@ def demo(
     run_demo(output, steps, seeds)
 
 
+@app.command(epilog=f"Its options, and `launch.KEY=VALUE` for each: {_keys('launch')} docs/launch.md says the rest.")
+def launch(
+    where: Annotated[Literal["local", "slurm", "kubernetes"], typer.Argument(help="local: torchrun on this machine; slurm: sbatch; kubernetes: kubectl.")],
+    config: ConfigName,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Machines; for augment and preprocess: tasks.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ranks of a machine; 8.")] = None,
+    options: Annotated[str | None, typer.Option(metavar="FILE", help="YAML file of options; flags and launch.KEY=VALUE count over it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run or submitted, and nothing else.")] = False,
+) -> None:
+    """Run train, augment or preprocess on this machine, a Slurm cluster or Kubernetes, and start it again when it must be."""
+    from tpt_megatron.launch.job import make_job
+    from tpt_megatron.launch.submit import launch as carry_out
+
+    job = make_job(config, overrides or (), options, {"nodes": nodes, "gpus_per_node": gpus_per_node})
+    said = carry_out(where, job, dry_run)
+    if said:
+        print(said)
+
+
 @app.command()
-def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate, losses, value or experiment")]) -> None:
+def keys(stage: Annotated[str, typer.Argument(help="augment, preprocess, train, evaluate, losses, value, experiment or launch")]) -> None:
     """List a stage's config keys with their types, defaults and meaning."""
     from tpt_megatron.config.load import describe_keys
 

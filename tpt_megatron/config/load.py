@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from tpt_megatron.errors import ConfigError
 
-STAGES = ("augment", "preprocess", "train", "evaluate", "losses", "value", "experiment")
+STAGES = ("augment", "preprocess", "train", "evaluate", "losses", "value", "experiment", "launch")
 
 
 class Config(BaseModel):
@@ -41,12 +41,13 @@ def load_config(kind: type[SomeConfig], name: str, overrides: Sequence[str] = ()
 
     Raises ConfigError for a missing file, broken YAML, an unknown key, a wrong type or an impossible combination.
     """
-    return check_config(kind, *read_config(name, overrides))
+    values, origin = read_values(name, overrides)
+    return check_config(kind, values, origin)
 
 
-def read_config(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """Return what a YAML file or a recipe says, unchecked, with overrides, and what it is called in messages; ConfigError as `load_config`."""
-    text, origin = _read(name)
+def read_values(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Return what a YAML file or a recipe says, with overrides, unchecked; and where it stands, for messages. ConfigError as `load_config`."""
+    text, origin = read_config(name)
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-99-99 looks like a date
@@ -57,7 +58,7 @@ def read_config(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: a config is a mapping of keys to values, found a {type(values).__name__}")
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return values, origin
 
 
@@ -75,7 +76,8 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _read(name: str) -> tuple[str, str]:
+def read_config(name: str) -> tuple[str, str]:
+    """Return the text of a YAML file or a recipe, and where it stands. ConfigError when there is none."""
     path = Path(name)
     if path.is_file():
         try:
@@ -87,7 +89,8 @@ def _read(name: str) -> tuple[str, str]:
     raise ConfigError(f"{name}: no such config file, and no recipe of that name (recipes: {', '.join(recipe_names())})")
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Change `values` as `key=value` says; ConfigError when it does not say that."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form key=value")

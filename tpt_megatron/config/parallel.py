@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import PositiveInt, model_validator
 
 from tpt_megatron.config.load import Config
+from tpt_megatron.errors import ConfigError
 
 
 class ParallelConfig(Config):
@@ -44,3 +45,24 @@ class ParallelConfig(Config):
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather=true needs distributed_optimizer=true and overlap_grad_reduce=true")
         return self
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a world that the layout does not divide (ConfigError)."""
+    axes = [f"parallel.{name}={size}" for name in ("tensor_parallel", "pipeline_parallel", "context_parallel") if (size := getattr(parallel, name)) > 1]
+    unit = parallel.model_ranks
+    if world_size % unit:
+        more = (world_size // unit + 1) * unit
+        fits = f"{world_size // unit * unit} or {more}" if world_size > unit else str(more)
+        raise ConfigError(
+            f"{' x '.join(axes)} = {unit} does not divide the {world_size} rank(s) of this job; start it with {fits} "
+            f"(torchrun --nproc-per-node {more} ...) or change the layout"
+        )
+    # Experts are spread over all ranks of a pipeline stage, tensor-parallel ones apart.
+    places = world_size // (parallel.tensor_parallel * parallel.pipeline_parallel)
+    if places % parallel.expert_parallel:
+        fitting = [size for size in range(1, places + 1) if places % size == 0]
+        raise ConfigError(
+            f"parallel.expert_parallel={parallel.expert_parallel} does not divide the {places} rank(s) that share a pipeline stage's layers "
+            f"(data parallel x context parallel); it could be {', '.join(map(str, fitting))}"
+        )

@@ -15,7 +15,7 @@ from tpt_megatron.config.data import DataConfig
 from tpt_megatron.config.load import Config
 from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.config.optimizer import OptimizerConfig
-from tpt_megatron.config.parallel import ParallelConfig
+from tpt_megatron.config.parallel import ParallelConfig, check_world
 from tpt_megatron.config.progress import BatchRamp, Progress
 from tpt_megatron.config.watching import FaultConfig, WatchConfig
 from tpt_megatron.errors import ConfigError
@@ -122,6 +122,11 @@ class TrainConfig(Config):
             return self.optimizer.decay_steps or 0
         # Counted from the end, where batches are full.
         return -(-tokens // (self.global_batch_sequences * self.data.sequence_length))
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse a world that the layout or the batch does not divide (ConfigError)."""
+        check_world(self.parallel, world_size)
+        self.check_batches(world_size // self.parallel.model_ranks)
 
     def check_batches(self, data_parallel: int) -> None:
         """Raise ConfigError for a batch that so many data-parallel ranks cannot share."""

@@ -1,1 +1,1 @@
-"""Before a cluster is touched, and on to it: what a run will take, and how it is started."""
+"""Before and around a run on many machines: what it will take, and how it is started, stopped and started again."""

@@ -1,0 +1,29 @@
+"""One rank: `python -m tpt_megatron.launch.rank LOGS ARGUMENT...` runs `tpt ARGUMENT...`; what it says goes to LOGS/rank_R.log, or with an empty LOGS nowhere else."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+
+def log_of(logs: Path, rank: int) -> Path:
+    """Return the file that a rank writes to."""
+    return logs / f"rank_{rank}.log"
+
+
+def main() -> None:
+    """Become the command, in this process: its exit code is the rank's."""
+    logs = sys.argv[1]
+    if logs:
+        file = os.open(log_of(Path(logs), int(os.environ["RANK"])), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.close(file)
+    sys.argv[1:] = sys.argv[2:]
+    runpy.run_module("tpt_megatron.cli", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
