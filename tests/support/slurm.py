@@ -52,14 +52,17 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_slurm(cpus: int = 4, memory_mb: int = 8000) -> Iterator[Cluster]:
-    """Run a cluster of two nodes of so many CPUs and so much memory (on paper) in the block. Nothing outside its folder changes."""
+def running_slurm(cpus: int = 4, memory_mb: int = 8000, extra: tuple[str, ...] = ()) -> Iterator[Cluster]:
+    """Run a cluster of two nodes of so many CPUs and so much memory (on paper) in the block. Nothing outside its folder changes.
+
+    extra: further lines of slurm.conf, such as partitions
+    """
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster = Cluster(folder)
     processes: list[subprocess.Popen[bytes]] = []
     try:
         configuration = folder / "slurm.conf"
-        configuration.write_text(_configuration(folder, cpus, memory_mb))
+        configuration.write_text(_configuration(folder, cpus, memory_mb, extra))
         (folder / "state").mkdir()
         commands = [["slurmctld", "-D", "-f", str(configuration)]]
         for node in NODES:
@@ -83,7 +86,7 @@ def running_slurm(cpus: int = 4, memory_mb: int = 8000) -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
-def _configuration(folder: Path, cpus: int, memory_mb: int) -> str:
+def _configuration(folder: Path, cpus: int, memory_mb: int, extra: tuple[str, ...]) -> str:
     host = socket.gethostname().partition(".")[0]
     controller, *ports = _free_ports(1 + len(NODES))
     lines = [
@@ -100,6 +103,7 @@ def _configuration(folder: Path, cpus: int, memory_mb: int) -> str:
     for node, port in zip(NODES, ports, strict=True):
         lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={memory_mb}")
     lines.append(f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP")
+    lines += extra
     return "\n".join(lines) + "\n"
 
 
@@ -116,7 +120,7 @@ def _wait_until_idle(cluster: Cluster, processes: list[subprocess.Popen[bytes]])
     states = ""
     while True:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            states = cluster.ask("sinfo", "--noheader", "--Node", "--format=%t")
+            states = cluster.ask("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t")
         if states.split() == ["idle"] * len(NODES):
             return
         logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in (cluster.folder / "daemons.out", *sorted(cluster.folder.glob("*.log"))))

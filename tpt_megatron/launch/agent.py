@@ -26,11 +26,8 @@ import psutil
 
 from tpt_megatron.errors import ConfigError, MachineError, Stopped, UsageError
 from tpt_megatron.launch.rank import log_of
+from tpt_megatron.launch.rendezvous import JOIN_S, Rendezvous
 from tpt_megatron.processes import die_with_parent
-
-JOIN_S = 900
-"""How long nodes wait for each other: images are pulled and disks mounted meanwhile."""
-
 
 def main() -> None:
     """Run this node's ranks to their end and exit with their code."""
@@ -70,6 +67,7 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> int:
     _pause(options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that share cores are slower when each starts more threads
     try:
+        from torch.distributed import DistError
         from torch.distributed import run as torchrun
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -81,12 +79,12 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # what it says is said below, once
     forwarding = Forwarding(options.stop_s)
     ended: dict[int, int] = {}
-    with tempfile.TemporaryDirectory(prefix="tpt-launch-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tpt-launch-") as scratch, Rendezvous(options.rendezvous, _node(options), options.nodes, options.id):
         try:
             torchrun.run(torchrun.parse_args(_torchrun_arguments(options, command, scratch)))
         except ChildFailedError as error:
             ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        except RendezvousError as error:
+        except (RendezvousError, DistError) as error:
             said = " ".join(str(error).split())
             if any(Path(scratch).glob("*/attempt_*")):  # of ranks that were started, and ended with this
                 raise MachineError(f"node 0 is gone, which held the rendezvous at {options.rendezvous} ({said})") from None
@@ -168,7 +166,7 @@ def _torchrun_arguments(options: argparse.Namespace, command: Sequence[str], scr
     if options.nodes > 1:
         host = "true" if _node(options) == 0 else "false"
         where = [f"--nnodes={options.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rendezvous}", f"--rdzv-id={options.id}"]
-        where += [f"--rdzv-conf=is_host={host},join_timeout={JOIN_S},read_timeout={JOIN_S}"]
+        where += [f"--rdzv-conf=is_host={host},join_timeout={JOIN_S}"]
         if options.address:
             where += [f"--local-addr={options.address}"]
     return [
