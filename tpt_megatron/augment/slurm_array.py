@@ -12,6 +12,7 @@ its own, since tasks that still wait load what was pickled for them. And no seco
 from __future__ import annotations
 
 import pickle
+import secrets
 import shlex
 import shutil
 import signal
@@ -39,12 +40,11 @@ _MEMORY_OPTIONS = {"mem", "mem-per-cpu", "mem-per-gpu"}
 
 
 class SlurmArray(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove's types are not read
-    """An array job of `workers` workers. `launch_job` submits it; in a task of it, `run` does the work."""
+    """An array job of `workers` workers. `launch_job` submits it; in a task of it, `run` does the work. Nothing is written before that."""
 
     def __init__(self, config: AugmentConfig, slurm: Slurm, workers: int) -> None:
-        slurm.logs.mkdir(parents=True, exist_ok=True)
-        logs = slurm.logs.resolve()
-        self._folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs))
+        self._logs = slurm.logs.resolve()
+        self._folder = self._logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         super().__init__(
             pipeline=[ArrayWorker(config)],
             tasks=workers,
@@ -59,7 +59,7 @@ class SlurmArray(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove's ty
             sbatch_args={"open-mode": "append"} | slurm.sbatch,  # a task that Slurm starts again keeps what it said before
             max_array_size=workers,  # what the cluster allows, sbatch says
             logging_dir=str(self._folder),
-            slurm_logs_folder=str(logs),
+            slurm_logs_folder=tempfile.gettempdir(),  # datatrove makes it when it is asked for options; where logs go is said there
             skip_completed=False,  # the output's manifests say what is done
             requeue_signals=None,  # workers stop on SIGTERM in good order, whatever it was sent for
             requeue="no-requeue" not in slurm.sbatch,
@@ -67,7 +67,8 @@ class SlurmArray(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove's ty
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, str]:
         """Return the job script's options: datatrove's, without two that exclude each other, quoted for paths with spaces."""
-        options: dict[str, Any] = super().get_sbatch_args(max_array)
+        output = {name: f"{self._logs}/%A_%a.out" for name in ("output", "error") if name not in self._sbatch_args}
+        options: dict[str, Any] = super().get_sbatch_args(max_array) | output
         if self._sbatch_args.keys() & (_MEMORY_OPTIONS - {"mem-per-cpu"}):  # sbatch takes one of them
             del options["mem-per-cpu"]
         return {name: shlex.quote(str(value)) if value else "" for name, value in options.items()}
@@ -77,13 +78,18 @@ class SlurmArray(SlurmPipelineExecutor):  # type: ignore[misc]  # datatrove's ty
         datatrove_logger.disable("datatrove")
         super().run()
 
+    def script(self) -> str:
+        """Return the job script."""
+        command = f"exec launch_pickled_pipeline {shlex.quote(str(self._folder / 'executor.pik'))}"
+        return str(self.get_launch_file_contents(self.get_sbatch_args(self.tasks), command))
+
     def launch_job(self) -> None:
         """Write the script and what it loads, and submit it; `job_id` is set then. Raises MachineError with sbatch's own words."""
+        self._folder.mkdir(parents=True)
         (self._folder / "executor.pik").write_bytes(pickle.dumps(self))
         (self._folder / "ranks_to_run.json").write_bytes(orjson.dumps(list(range(self.tasks))))
         script = self._folder / "launch_script.slurm"
-        command = f"exec launch_pickled_pipeline {shlex.quote(str(self._folder / 'executor.pik'))}"
-        script.write_text(self.get_launch_file_contents(self.get_sbatch_args(self.tasks), command))
+        script.write_text(self.script())
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             shutil.rmtree(self._folder)

@@ -47,12 +47,12 @@ def submit(job: Job) -> str:
 def train_script(job: Job) -> str:
     """Return the script of a training run."""
     options, slurm = job.options, job.options.slurm
-    resources_asked = {"nodes": options.nodes, "ntasks-per-node": 1, "cpus-per-task": slurm.cpus_per_task}
+    asked: dict[str, object] = {"nodes": options.nodes, "ntasks-per-node": 1, "cpus-per-task": slurm.cpus_per_task}
     if options.device == "gpu":
-        resources_asked["gpus-per-node"] = options.gpus_per_node
+        asked["gpus-per-node"] = options.gpus_per_node
     # To the steps, not to this script: ranks save, and the script sees how they ended.
-    header = _header(job, {**resources_asked, "signal": f"TERM@{options.stop_s}", "output": f"{logs_of(job)}/%j.out"})
-    command = [_python(job), *AGENT, f"--nodes={options.nodes}", f"--ranks={options.gpus_per_node}", f"--stop-s={options.stop_s}"]
+    asked |= {"signal": f"TERM@{options.stop_s}", "output": f"{logs_of(job)}/%j.out"}
+    command = [interpreter(job), *AGENT, f"--nodes={options.nodes}", f"--ranks={options.gpus_per_node}", f"--stop-s={options.stop_s}"]
     variables = {
         "logs": str(logs_of(job).resolve()),
         "health_check": _health_check(job),
@@ -61,12 +61,12 @@ def train_script(job: Job) -> str:
     }
     arrays = {
         "srun_nodes": [f"--nodes={options.nodes}", f"--ntasks={options.nodes}", "--ntasks-per-node=1"],
-        "srun_options": _step_options(job),
-        "command": [*_container_command(job), *command],
+        "srun_options": step_options(job),
+        "command": [*container_command(job), *command],
         "arguments": job.arguments(),
     }
     lines = [
-        *header,
+        *header(job, asked),
         *(f"{name}={shlex.quote(str(value))}" for name, value in variables.items()),
         *(f"{name}=({shlex.join(words)})" for name, words in arrays.items()),
         "",
@@ -90,7 +90,7 @@ def logs_of(job: Job) -> Path:
     return job.options.logs or LOGS
 
 
-def _header(job: Job, more: Mapping[str, object]) -> list[str]:
+def header(job: Job, more: Mapping[str, object]) -> list[str]:
     """Return the first lines of a script: options of sbatch, the environment, and the user's set-up."""
     slurm = job.options.slurm
     given = {
@@ -110,7 +110,8 @@ def _header(job: Job, more: Mapping[str, object]) -> list[str]:
     return ["#!/bin/bash", *named, unexpanded, *exports, *([slurm.setup.rstrip("\n")] if slurm.setup else [])]
 
 
-def _python(job: Job) -> str:
+def interpreter(job: Job) -> str:
+    """Return the Python that nodes run."""
     if job.options.container.image is not None:
         return job.options.container.python
     return job.options.python or sys.executable
@@ -129,7 +130,7 @@ def _health_check(job: Job) -> str:
     return f'found=$(nvidia-smi --list-gpus | wc -l); [ "$found" -ge {wanted} ] || {{ echo "nvidia-smi lists $found of {wanted} GPUs"; exit 1; }}; {writes}'
 
 
-def _step_options(job: Job) -> list[str]:
+def step_options(job: Job) -> list[str]:
     """Return what srun is told of CPUs, which since 22.05 it does not take over from the job, and of a container (pyxis)."""
     words = [] if job.options.slurm.cpus_per_task is None else [f"--cpus-per-task={job.options.slurm.cpus_per_task}"]
     container = job.options.container
@@ -140,10 +141,11 @@ def _step_options(job: Job) -> list[str]:
     return [*words, f"--container-workdir={container.workdir or Path.cwd()}"]
 
 
-def _container_command(job: Job) -> list[str]:
+def container_command(job: Job) -> list[str]:
     """Return what stands before the command in a container of apptainer's."""
     container = job.options.container
     if container.image is None or container.runtime != "apptainer":
         return []
     binds = [word for mount in container.mounts for word in ("--bind", mount)]
-    return ["apptainer", "exec", *(["--nv"] if job.options.device == "gpu" else []), *binds, "--pwd", container.workdir or str(Path.cwd()), container.image]
+    workdir = container.workdir or str(Path.cwd())
+    return ["apptainer", "exec", *(["--nv"] if job.options.device == "gpu" else []), *binds, "--pwd", workdir, container.image]

@@ -16,7 +16,7 @@ end_for_good() {
   [ "$asked_to_end" = no ] || return 0
   asked_to_end=yes
   say "asked to end: ranks save, then the job ends"
-  if [ "$step_runs" = yes ]; then scancel --signal=TERM "$job"; fi
+  if [ "$step_runs" = yes ]; then scancel --signal=TERM "$job" 2>/dev/null; fi
 }
 trap end_for_good TERM
 
@@ -63,6 +63,9 @@ check_nodes() {
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
     if [ "$(cat "$folder/$node" 2>/dev/null)" != ok ]; then
       say "bad node $node: $(cat "$folder/$node" 2>/dev/null || echo "it did not answer")"
+      # Those that the job excludes already stay excluded.
+      [ -e "$job_logs/bad_nodes" ] ||
+        scontrol --oneliner show job "$job" | sed -n 's/.* ExcNodeList=\([^ (]\+\) .*/\1/p' >"$job_logs/bad_nodes"
       echo "$node" >>"$job_logs/bad_nodes"
       bad=yes
     fi
