@@ -39,6 +39,8 @@ def main() -> None:
     except (UsageError, MachineError, Stopped) as error:
         print(f"tpt launch: {error}", file=sys.stderr)
         code = error.exit_code
+    if code not in (0, ConfigError.exit_code, Stopped.exit_code):
+        time.sleep(options.failed_pause_s)
     if options.failed_exit_code and code not in (0, ConfigError.exit_code):
         code = options.failed_exit_code
     sys.exit(code)
@@ -149,6 +151,7 @@ def _arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--backoff-s", type=float, default=0, help="seconds to wait where that is more than 0; twice as many each time")
     parser.add_argument("--max-backoff-s", type=float, default=600)
     parser.add_argument("--failed-exit-code", type=int, help="to exit with for anything but 0 and 2, for schedulers that want one")
+    parser.add_argument("--failed-pause-s", type=float, default=0, help="seconds to wait before it ends so after a failure")
     parser.add_argument("--parent", type=int, help="process that this one must not outlive")
     options = parser.parse_args(words[:split])
     command = list(words[split + 1 :])

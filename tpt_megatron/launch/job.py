@@ -35,10 +35,9 @@ class Job:
         return [self.stage, config or (str(path.resolve()) if path.is_file() else self.name), *self.overrides, *more]
 
     @property
-    def train(self) -> TrainConfig:
-        """The config of a training run."""
-        assert isinstance(self.config, TrainConfig)
-        return self.config
+    def asks_for_gpus(self) -> bool:
+        """Whether machines must have GPUs. Those of augment and preprocess are asked for by those who name a number: most of their tasks need none."""
+        return self.options.device == "gpu" and (self.stage == "train" or "gpus_per_node" in self.options.model_fields_set)
 
 
 def make_job(name: str, words: Sequence[str], options_file: str | None, flags: dict[str, Any]) -> Job:

@@ -48,7 +48,7 @@ def train_script(job: Job) -> str:
     """Return the script of a training run."""
     options, slurm = job.options, job.options.slurm
     asked: dict[str, object] = {"nodes": options.nodes, "ntasks-per-node": 1, "cpus-per-task": slurm.cpus_per_task}
-    if options.device == "gpu":
+    if job.asks_for_gpus:
         asked["gpus-per-node"] = options.gpus_per_node
     # To the steps, not to this script: ranks save, and the script sees how they ended.
     asked |= {"signal": f"TERM@{options.stop_s}", "output": f"{logs_of(job)}/%j.out"}

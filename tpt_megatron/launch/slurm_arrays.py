@@ -81,8 +81,7 @@ def _with_slurm(job: Job, config: AugmentConfig) -> AugmentConfig:
         "partition": slurm.partition,
         "logs": logs_of(job),
         "cpus_per_task": slurm.cpus_per_task or 4,
-        # Tasks that ask servers elsewhere need none: GPUs are asked for by those who name a number.
-        "gpus_per_task": options.gpus_per_node if options.device == "gpu" and "gpus_per_node" in options.model_fields_set else 0,
+        "gpus_per_task": options.gpus_per_node if job.asks_for_gpus else 0,
         "qos": slurm.qos,
         "setup": "\n".join([*exports, environment]),
         "sbatch": {**({"account": slurm.account} if slurm.account else {}), **slurm.sbatch},
