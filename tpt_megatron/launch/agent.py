@@ -32,6 +32,8 @@ from tpt_megatron.processes import die_with_parent
 def main() -> None:
     """Run this node's ranks to their end and exit with their code."""
     options, command = _arguments(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop_at_once)  # until there are ranks
     if options.parent:
         die_with_parent(options.parent)
     try:
@@ -124,7 +126,7 @@ class Forwarding:
         self.asked, self._asked_at = True, time.monotonic()
         ranks = psutil.Process().children()
         if not ranks:
-            raise Stopped("stopped by a signal before ranks were started")
+            _stop_at_once(number, frame)
         for rank in ranks:
             rank.terminate()
         signal.alarm(max(1, round(self._stop_s)))
@@ -201,8 +203,6 @@ def _pause(options: argparse.Namespace) -> None:
         return
     seconds = min(options.backoff_s * 2 ** (before - 1), options.max_backoff_s)
     print(f"tpt launch: attempt {before + 1}; ranks are started in {seconds:g} s", file=sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop_at_once)
     time.sleep(seconds)
 
 

@@ -22,6 +22,7 @@ from tpt_megatron.launch.job import Job
 from tpt_megatron.launch.local import AGENT
 
 LOGS = Path("logs")
+UNEXPANDED = "# shellcheck disable=SC2016 # what is in single quotes, nodes and programs expand"
 
 
 def dry_run(job: Job) -> str:
@@ -106,8 +107,7 @@ def header(job: Job, more: Mapping[str, object]) -> list[str]:
     }
     named = [f"#SBATCH --{name}{f'={shlex.quote(str(value))}' if value != '' else ''}" for name, value in given.items() if value is not None]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in job.options.environment.items()]
-    unexpanded = "# shellcheck disable=SC2016 # what is in single quotes, nodes and programs expand"
-    return ["#!/bin/bash", *named, unexpanded, *exports, *([slurm.setup.rstrip("\n")] if slurm.setup else [])]
+    return ["#!/bin/bash", *named, UNEXPANDED, *exports, *([slurm.setup.rstrip("\n")] if slurm.setup else [])]
 
 
 def interpreter(job: Job) -> str:

@@ -16,7 +16,7 @@ from tpt_megatron.config.load import check_config
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.launch.job import Job
-from tpt_megatron.launch.slurm import container_command, header, interpreter, logs_of, sbatch, step_options
+from tpt_megatron.launch.slurm import UNEXPANDED, container_command, header, interpreter, logs_of, sbatch, step_options
 
 
 def dry_run(job: Job) -> str:
@@ -83,7 +83,7 @@ def _with_slurm(job: Job, config: AugmentConfig) -> AugmentConfig:
         "cpus_per_task": slurm.cpus_per_task or 4,
         "gpus_per_task": options.gpus_per_node if job.asks_for_gpus else 0,
         "qos": slurm.qos,
-        "setup": "\n".join([*exports, environment]),
+        "setup": "\n".join([*([UNEXPANDED] if exports else []), *exports, environment]),
         "sbatch": {**({"account": slurm.account} if slurm.account else {}), **slurm.sbatch},
     }
     for key in ("time", "partition"):

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.train_runs import write_train_config
+from tpt_megatron.launch.agent import exit_code
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [
+        ([], 0),
+        ([0, 0], 0),
+        ([3, 3], 3),
+        ([3, -15], 3),  # one ended first, and the agent ended the other
+        ([2, -15, 3], 2),
+        ([1, 3], 1),
+        ([3, 1], 1),
+        ([1, -9], 137),
+        ([-9, 3], 137),
+        ([-6, 1], 134),
+        ([2, -9], 2),  # it hung when the other one refused
+        ([-15, -15], 143),
+    ],
+)
+def test_a_node_exits_as_its_ranks_ended(ended: list[int], code: int) -> None:
+    assert exit_code(ended) == code
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tpt_megatron.launch.agent", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--ranks=1",), "give what to run after --"),
+        (("--ranks=1", "--nodes=2", "--", "train", "x"), "--nodes needs --rendezvous"),
+        (("--ranks=1", "--node-variable=NO_SUCH", "--", "train", "x"), "the variable NO_SUCH should have a number, and has ''"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: tuple[str, ...], says: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_rendezvous_that_is_no_address_is_one_line() -> None:
+    ended = run("--ranks=1", "--nodes=2", "--rendezvous=nowhere", "--", "train", "x")
+    assert (ended.returncode, ended.stderr) == (1, "tpt launch: rendezvous=nowhere: expected HOST:PORT\n")
+
+
+def test_wrong_configs_and_failures_are_told_apart_for_schedulers_that_want_codes_of_their_own(tmp_path: Path) -> None:
+    wrong = run("--ranks=2", "--failed-exit-code=130", "--", "train", "no-such-config")
+    assert wrong.returncode == 2, wrong.stderr
+    assert "no-such-config: no such config file" in wrong.stderr
+    failed = run("--ranks=2", "--failed-exit-code=130", f"--logs={tmp_path}/my logs", "--", "train", str(write_train_config(tmp_path, tmp_path, steps=1)))
+    assert failed.returncode == 130, failed.stderr
+    log = tmp_path / "my logs" / "rank_0.log"
+    assert "train.idx: no such file" in log.read_text()
+    assert failed.stderr.startswith(f"tpt launch: rank 0 ended with exit code 1; {log}: tpt: "), failed.stderr
