@@ -17,7 +17,10 @@ from tests.support.slurm import Cluster, running_slurm
 from tpt_megatron.augment.shards import finished_shards
 from tpt_megatron.storage import locate
 
-pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed (Debian: apt-get install slurm-wlm)")
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed (Debian: tests/support/packages.sh)"),
+]
 KEY = "a-key-that-nobody-may-read"
 ONE_AT_A_TIME = {"concurrency": {"initial": 1, "maximum": 1}}
 

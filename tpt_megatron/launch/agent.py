@@ -83,24 +83,31 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # what it says is said below, once
     forwarding = Forwarding(options.stop_s)
     ended: dict[int, int] = {}
-    with tempfile.TemporaryDirectory(prefix="tpt-launch-") as scratch, Rendezvous(options.rendezvous, _node(options), options.nodes, options.id):
+    rendezvous = Rendezvous(options.rendezvous, _node(options), options.nodes, options.id)
+    with tempfile.TemporaryDirectory(prefix="tpt-launch-") as scratch, rendezvous:
         try:
             torchrun.run(torchrun.parse_args(_torchrun_arguments(options, command, scratch)))
         except ChildFailedError as error:
             ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (RendezvousError, DistError) as error:
-            said = " ".join(str(error).split())
-            if any(Path(scratch).glob("*/attempt_*")):  # of ranks that were started, and ended with this
-                raise MachineError(f"node 0 is gone, which held the rendezvous at {options.rendezvous} ({said})") from None
-            where = f"{options.rendezvous}, node {_node(options)} of {options.nodes}"
-            raise MachineError(f"{where}: the nodes did not find each other ({said}); see that all run and reach that address") from None
+            # It makes folders for ranks when it starts them; those have ended with this.
+            raise _lost(options, error, started=any(Path(scratch).glob("*/attempt_*"))) from None
         finally:
             signal.alarm(0)
-    code = exit_code(list(ended.values()))
-    if forwarding.asked and code == 128 + signal.SIGTERM:
-        code = Stopped.exit_code  # they had not come so far as to know what to do with it: nothing is lost
+        code = exit_code(list(ended.values()))
+        if forwarding.asked and code == 128 + signal.SIGTERM:
+            code = Stopped.exit_code  # they had not come so far as to know what to do with it: nothing is lost
+        rendezvous.linger = code in (0, ConfigError.exit_code, Stopped.exit_code)
     _report(ended, code, options.logs)
     return code
+
+
+def _lost(options: argparse.Namespace, error: Exception, *, started: bool) -> MachineError:
+    said = " ".join(str(error).split())
+    if started:
+        return MachineError(f"node 0 is gone, which held the rendezvous at {options.rendezvous} ({said})")
+    where = f"{options.rendezvous}, node {_node(options)} of {options.nodes}"
+    return MachineError(f"{where}: the nodes did not find each other ({said}); see that all run and reach that address")
 
 
 class Forwarding:

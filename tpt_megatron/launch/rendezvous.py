@@ -15,7 +15,7 @@ from tpt_megatron.errors import MachineError
 JOIN_S = 900
 """How long nodes wait for each other: images are pulled and disks mounted meanwhile."""
 GOODBYE_S = 30
-"""How long node 0 waits for the others' ends. One that was killed does not tell."""
+"""How long node 0 waits for the others to end as it did. One that was killed does not tell."""
 TRY_S = 5
 
 
@@ -26,6 +26,8 @@ class Rendezvous:
         self._address, self._node, self._nodes = address or "", node, nodes
         self._name = f"tpt/{name}"
         self._store: Any = None
+        self.linger = False
+        """Whether node 0 waits for the others: set where their ranks end well, too, and their agents should hear of it."""
 
     def __enter__(self) -> Rendezvous:
         if self._nodes > 1:
@@ -41,7 +43,8 @@ class Rendezvous:
             self._store.set(f"{self._name}/ended/{self._node}", "")
             if self._node == 0:
                 self._store.set(f"{self._name}/ending", "")
-                self._store.wait([f"{self._name}/ended/{node}" for node in range(self._nodes)], timedelta(seconds=GOODBYE_S))
+                if self.linger:
+                    self._store.wait([f"{self._name}/ended/{node}" for node in range(self._nodes)], timedelta(seconds=GOODBYE_S))
 
     def _connect(self) -> Any:
         """Return the store: node 0 makes it, the others try until it is there. In tries that are short, since a signal waits for the end of one."""
