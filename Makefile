@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-fast lint types imports format clean
+.PHONY: help demo test test-fast test-cluster lint types imports format clean
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: lint types imports .venv/ready ## linters, types, import rules, and every 
 
 test-fast: lint types imports .venv/ready ## the same without the slow tests
 	$(BIN)/pytest -m 'not slow'
+
+test-cluster: .venv/ready ## the tests on a real Slurm and on two hosts; tests/support/packages.sh installs what they start
+	$(BIN)/pytest -m 'slurm or hosts'
 
 lint: .venv/ready ## ruff
 	$(BIN)/ruff check .

@@ -359,7 +359,7 @@ def plan(
 
     Exit code 2 when it is impossible, or does not fit. Nothing is trained, and no GPU needed.
     """
-    from tpt_megatron.config.load import read_config
+    from tpt_megatron.config.load import read_values
     from tpt_megatron.errors import UsageError
 
     _require("torch", "megatron.core", "psutil", extra="train")
@@ -367,7 +367,7 @@ def plan(
     from tpt_megatron.launch import planning
     from tpt_megatron.launch.gpus import find_gpu
 
-    chip, kind = find_gpu(gpu), planning.kind_of(read_config(config, overrides or ())[0])
+    chip, kind = find_gpu(gpu), planning.kind_of(read_values(config, overrides or ())[0])
     if kind != "train" and (search or as_json):
         raise UsageError(f"--search and --json are for configs of tpt train, and {config} is one of tpt {kind}")
     if kind == "augment":

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.augment_runs import output_of
 from tests.support.metrics import learned
 from tests.support.ranks import WarmRanks
 from tests.support.slurm import Cluster, running_slurm
@@ -78,7 +79,14 @@ class Run:
     def __init__(self, cluster: Cluster, folder: Path, config: Path, nodes: int = 2, **slurm: Any) -> None:
         self._cluster, self._folder = cluster, folder
         options = {"device": "cpu", "logs": "my logs", "backoff_s": 1, "stop_s": 30, "slurm": {"partition": "low", **slurm}}
-        words = ["launch", "slurm", str(config), f"--nodes={nodes}", "--gpus-per-node=1", *(f"launch.{key}={json.dumps(value)}" for key, value in options.items())]
+        words = [
+            "launch",
+            "slurm",
+            str(config),
+            f"--nodes={nodes}",
+            "--gpus-per-node=1",
+            *(f"launch.{key}={json.dumps(value)}" for key, value in options.items()),
+        ]
         ended = subprocess.run([sys.executable, "-m", "tpt_megatron.cli", *words], capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr
         submitted = re.fullmatch(rf"Slurm job (\d+): {nodes} node\(s\) of 1 rank\(s\); logs: my logs/\1\.out, my logs/\1/\n", ended.stdout)
@@ -183,4 +191,36 @@ def test_a_config_that_ranks_refuse_is_not_started_again(cluster: Cluster, folde
     run = Run(cluster, folder, config(folder, datasets, data=data, model={"preset": "cpu-small", "vocab_size": 16}))
     assert run.ended() == ("FAILED", "2:0")
     assert run.attempts() == ["attempt_1"]
-    assert re.search(r"^tpt launch: rank [01] ended with exit code 2; .*rank_[01]\.log: tpt: model\.vocab_size=16 is smaller", run.said(), re.MULTILINE), run.said()
+    assert re.search(r"^tpt launch: rank [01] ended with exit code 2; .*rank_[01]\.log: tpt: model\.vocab_size=16 is smaller", run.said(), re.MULTILINE), (
+        run.said()
+    )
+
+
+def test_preprocess_is_an_array_of_shards_and_a_job_that_joins_them(cluster: Cluster, folder: Path, datasets: Path) -> None:
+    stated = f"input: {datasets}/datasets.jsonl\noutput: my data\ntokenizer: byte\narms: [append]\npiece_megabytes: 0.01\n"
+    Path("preprocess.yaml").write_text(stated)
+    words = ["launch", "slurm", "preprocess.yaml", "--nodes=2", "launch.device=cpu", "launch.logs=my logs", "launch.slurm.cpus_per_task=1"]
+    ended = subprocess.run([sys.executable, "-m", "tpt_megatron.cli", *words], capture_output=True, text=True, check=False)
+    submitted = re.fullmatch(r"Slurm job (\d+): 2 shards of my data; job (\d+) joins them; logs: my logs/\1_\*\.out, my logs/\2\.out\n", ended.stdout)
+    assert submitted, ended.stdout + ended.stderr
+    array, joining = submitted.groups()
+    assert cluster.wait(array) == {1: ("COMPLETED", "0:0"), 2: ("COMPLETED", "0:0")}
+    deadline = time.monotonic() + 60
+    while cluster.ask("squeue", "--noheader", "--jobs", joining).strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    made = (datasets / "datasets/append/train.bin").read_bytes()
+    assert (folder / "my data/append/train.bin").read_bytes() == made
+
+
+def test_augment_is_the_array_that_tpt_augment_submits(cluster: Cluster, folder: Path) -> None:
+    lines = [{"id": str(number), "text": f"text {number}", "thought": f"thought {number}"} for number in range(6)]
+    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("augment.yaml").write_text("input: in.jsonl\noutput: out\ngenerator: {kind: field, field: thought}\nshard: {documents: 2}\n")
+    words = ["launch", "slurm", "augment.yaml", "--nodes=2", "launch.logs=my logs"]
+    words += ["launch.slurm={partition: main, time: '00:10:00', cpus_per_task: 1}", "launch.environment.A=x y"]
+    ended = subprocess.run([sys.executable, "-m", "tpt_megatron.cli", *words], capture_output=True, text=True, check=False)
+    submitted = re.fullmatch(r"Slurm job (\d+): 2 workers for 3 of 3 shards of out; logs: my logs/\1_\*\.out\n", ended.stdout)
+    assert submitted, ended.stdout + ended.stderr
+    assert cluster.wait(submitted.group(1)) == {0: ("COMPLETED", "0:0"), 1: ("COMPLETED", "0:0")}
+    assert [augmented.document.id for augmented in output_of("out")] == [str(number) for number in range(6)]

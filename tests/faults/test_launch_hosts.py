@@ -73,7 +73,15 @@ class Launchers:
 
     def start(self, number: int) -> None:
         host = self._hosts[number]
-        words = ["launch", "local", str(self._config), "--nodes=2", "--gpus-per-node=1", *self._options, f"launch.environment.GLOO_SOCKET_IFNAME={host.interface}"]
+        words = [
+            "launch",
+            "local",
+            str(self._config),
+            "--nodes=2",
+            "--gpus-per-node=1",
+            *self._options,
+            f"launch.environment.GLOO_SOCKET_IFNAME={host.interface}",
+        ]
         words += [f"launch.local={{rendezvous: '{self._hosts[0].address}:{self._port}', node: {number}, address: {host.address}}}"]
         with open(self.said, "ab") as said:
             command = [*host.command, sys.executable, "-m", "tpt_megatron.cli", *words]
@@ -123,9 +131,7 @@ def test_a_host_that_dies_ends_the_run_and_the_same_commands_continue_it(
     assert_same_tensors(tmp_path / "run", unbroken)
 
 
-def test_a_launcher_that_may_start_again_waits_for_the_host_that_comes_back(
-    tmp_path: Path, datasets: Path, unbroken: Path, hosts: tuple[Host, Host]
-) -> None:
+def test_a_launcher_that_may_start_again_waits_for_the_host_that_comes_back(tmp_path: Path, datasets: Path, unbroken: Path, hosts: tuple[Host, Host]) -> None:
     with Launchers(hosts, tmp_path, datasets, max_restarts=5) as launchers:
         for number in (0, 1):
             launchers.start(number)

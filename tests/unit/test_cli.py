@@ -25,14 +25,16 @@ def test_importing_the_command_line_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["augment.runner", "preprocess.runner", "config.train", "demo.run", "compare.curves"])
+@pytest.mark.parametrize(
+    "module", ["augment.runner", "preprocess.runner", "config.train", "demo.run", "compare.curves", "launch.submit", "launch.slurm_arrays", "launch.kubernetes"]
+)
 def test_rooms_that_promise_it_load_no_torch(module: str) -> None:
     code = f"import sys, tpt_megatron.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["augment"], ["preprocess"], ["train"], ["convert", "export"], ["evaluate"], ["losses"], ["value"], ["compare"], ["demo"], ["keys"]]
+    "command", [[], ["augment"], ["preprocess"], ["train"], ["convert", "export"], ["evaluate"], ["losses"], ["value"], ["compare"], ["demo"], ["launch"], ["plan"], ["keys"]]
 )
 def test_every_command_has_help(command: list[str]) -> None:
     ended = tpt(*command, "--help")
@@ -40,11 +42,11 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert "Usage:" in ended.stdout
 
 
-@pytest.mark.parametrize("stage", ["augment", "preprocess", "train", "evaluate", "losses", "value"])
+@pytest.mark.parametrize("stage", ["augment", "preprocess", "train", "evaluate", "losses", "value", "experiment", "launch"])
 def test_keys_of_every_stage_are_listed(stage: str) -> None:
     ended = tpt("keys", stage)
     assert ended.returncode == 0
-    assert "(required)" in ended.stdout
+    assert "(required)" in ended.stdout or stage == "launch"
 
 
 @pytest.mark.parametrize(

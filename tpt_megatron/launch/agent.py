@@ -29,6 +29,7 @@ from tpt_megatron.launch.rank import log_of
 from tpt_megatron.launch.rendezvous import JOIN_S, Rendezvous
 from tpt_megatron.processes import die_with_parent
 
+
 def main() -> None:
     """Run this node's ranks to their end and exit with their code."""
     options, command = _arguments(sys.argv[1:])
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> int:
     rendezvous = Rendezvous(options.rendezvous, _node(options), options.nodes, options.id)
     with tempfile.TemporaryDirectory(prefix="tpt-launch-") as scratch, rendezvous:
         try:
-            torchrun.run(torchrun.parse_args(_torchrun_arguments(options, command, scratch)))
+            torchrun.run(torchrun.parse_args(_torchrun_arguments(options, command, scratch)))  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except (RendezvousError, DistError) as error:

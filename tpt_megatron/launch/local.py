@@ -91,9 +91,7 @@ def _command(job: Job, attempt: int) -> list[str]:
     words = [python, *AGENT, f"--ranks={options.gpus_per_node}", f"--stop-s={options.stop_s}"]
     if options.nodes > 1:
         if local.rendezvous is None:
-            raise UsageError(
-                f"nodes={options.nodes}: give launch.local.rendezvous=HOST:PORT, where node 0 is reached, and launch.local.node=K on each machine"
-            )
+            raise UsageError(f"nodes={options.nodes}: give launch.local.rendezvous=HOST:PORT, where node 0 is reached, and launch.local.node=K on each machine")
         words += [f"--nodes={options.nodes}", f"--node={local.node}", f"--rendezvous={local.rendezvous}", f"--id={options.name}"]
         if local.address is not None:
             words += [f"--address={local.address}"]

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from tpt_megatron.config.experiment import ExperimentConfig
-from tpt_megatron.config.load import check_config, read_config
+from tpt_megatron.config.load import check_config, read_values
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.experiment.plan import plan_experiment, train_config
@@ -37,7 +37,7 @@ def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:
 
     A recipe that leaves run folder, data or the checkpoint to start from to the user is one, too.
     """
-    values, origin = read_config(name, overrides)
+    values, origin = read_values(name, overrides)
     values.setdefault("run_dir", NOT_YET)
     data, checkpoint = values.setdefault("data", {}), values.get("checkpoint")
     if isinstance(data, dict):

@@ -1,4 +1,7 @@
-"""One rank: `python -m tpt_megatron.launch.rank LOGS ARGUMENT...` runs `tpt ARGUMENT...`; what it says goes to LOGS/rank_R.log, or with an empty LOGS nowhere else."""
+"""One rank: `python -m tpt_megatron.launch.rank LOGS ARGUMENT...` runs `tpt ARGUMENT...`.
+
+What it says goes to LOGS/rank_R.log, or, where LOGS is empty, to where the agent's goes.
+"""
 
 from __future__ import annotations
 

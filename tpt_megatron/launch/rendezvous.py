@@ -48,7 +48,8 @@ class Rendezvous:
 
     def _connect(self) -> Any:
         """Return the store: node 0 makes it, the others try until it is there. In tries that are short, since a signal waits for the end of one."""
-        from torch.distributed import DistError, TCPStore
+        from torch._C._distributed_c10d import TCPStore
+        from torch.distributed import DistError
 
         host, _, port = self._address.rpartition(":")
         if not host or not port.isdigit():
@@ -57,9 +58,7 @@ class Rendezvous:
         while True:
             try:
                 # The same process and port: torchrun's agent on node 0 shares this server.
-                store = TCPStore(
-                    host, int(port), is_master=self._node == 0, multi_tenant=True, wait_for_workers=False, timeout=timedelta(seconds=TRY_S)
-                )
+                store = TCPStore(host, int(port), is_master=self._node == 0, multi_tenant=True, wait_for_workers=False, timeout=timedelta(seconds=TRY_S))
                 if self._node == 0 or not store.check([f"{self._name}/ending"]):
                     return store
                 del store  # of an attempt that is over; the next one's comes

@@ -15,7 +15,6 @@ from tpt_megatron.launch.activations import activations
 from tpt_megatron.launch.gpus import Gpu
 from tpt_megatron.launch.plan import TrainingPlan, plan_training
 from tpt_megatron.launch.speed import StepTime, step_time
-from tpt_megatron.mcore.groups import check_world
 from tpt_megatron.mcore.machine import check_supported_on_cuda
 from tpt_megatron.mcore.model import count_parameters
 
@@ -85,9 +84,8 @@ def candidates(config: TrainConfig, world_size: int, gpus_per_node: int) -> Iter
 def _checked(values: dict[str, Any], world_size: int) -> TrainConfig | None:
     try:
         config = TrainConfig.model_validate(values)
-        check_world(config.parallel, world_size)
+        config.check_world(world_size)
         check_supported_on_cuda(config)
-        config.check_batches(world_size // config.parallel.model_ranks)
     except (ValidationError, ConfigError):
         return None
     return config

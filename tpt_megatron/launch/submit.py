@@ -14,7 +14,10 @@ def launch(where: Where, job: Job, dry_run: bool) -> str:
     if where == "local":
         from tpt_megatron.launch import local
 
-        return local.dry_run(job) if dry_run else local.run(job) or ""
+        if dry_run:
+            return local.dry_run(job)
+        local.run(job)
+        return ""
     if where == "slurm":
         from tpt_megatron.launch import slurm
 

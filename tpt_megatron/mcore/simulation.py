@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tpt_megatron.config.parallel import check_world
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import MachineError
 from tpt_megatron.mcore import groups
@@ -78,7 +79,7 @@ def simulate(config: TrainConfig, world_size: int, ranks: Iterable[int]) -> list
 
     `config.model.vocab_size` must be resolved. What FP8 adds is not in it. Raises ConfigError when the layout does not divide the world.
     """
-    groups.check_world(config.parallel, world_size)
+    check_world(config.parallel, world_size)
     plain = config.model_copy(update={"fp8": "none", "fp8_parameters": False})
     found = []
     for rank in ranks:
@@ -93,7 +94,7 @@ def simulate_stages(config: TrainConfig, world_size: int) -> list[HeldByRank]:
     The first, second and last stage are built; those between have the second one's layers, as many of them. Raises ConfigError like `simulate`.
     """
     stages = config.parallel.pipeline_parallel
-    groups.check_world(config.parallel, world_size)
+    check_world(config.parallel, world_size)
     in_a_stage = world_size // stages
     chosen = sorted({0, min(1, stages - 1), stages - 1})
     built = dict(zip(chosen, simulate(config, world_size, (stage * in_a_stage for stage in chosen)), strict=True))

@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 
 from tpt_megatron.config.load import check_config
+from tpt_megatron.config.parallel import check_world
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
-from tpt_megatron.config.parallel import check_world
 
 SHAPE = {"num_layers": 12, "hidden_size": 48, "ffn_hidden_size": 96, "num_heads": 12, "num_query_groups": 6}
 EXPERTS = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 30}

@@ -61,7 +61,9 @@ def pod_of(document: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["jobset", "pytorchjob"])
 @pytest.mark.parametrize(("kubernetes", "options"), [({}, {}), (FULL, {"logs": "/runs/logs", "environment": {"NCCL_DEBUG": "INFO", "ODD": ODD}})])
 def test_manifests_have_only_what_the_schemas_have(folder: Path, name: str, kind: str, kubernetes: dict[str, Any], options: dict[str, Any]) -> None:
-    config, work = documents(name, f"output={ODD}" if name != "train.yaml" else f"run_dir={ODD}", kubernetes={"kind": kind, **kubernetes}, gpus_per_node=2, **options)
+    config, work = documents(
+        name, f"output={ODD}" if name != "train.yaml" else f"run_dir={ODD}", kubernetes={"kind": kind, **kubernetes}, gpus_per_node=2, **options
+    )
     assert work["kind"] == ("Job" if name != "train.yaml" else {"jobset": "JobSet", "pytorchjob": "PyTorchJob"}[kind])
     assert config["data"] == {"config.yaml": (folder / name).read_text()}
     assert pod_of(work)["volumes"][1]["configMap"]["name"] == config["metadata"]["name"]

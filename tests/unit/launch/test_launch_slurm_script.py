@@ -66,7 +66,7 @@ def test_bash_and_shellcheck_have_nothing_to_say(folder: Path, config: str, word
 def values_of(script: str) -> list[str]:
     """Have bash read what stands above the script's fixed part, and return what its variables are, one after the other."""
     above = script.partition("# What follows")[0]
-    printing = "printf '%s\\0' \"$ODD\" \"$logs\" \"${srun_options[@]}\" -- \"${command[@]}\" -- \"${arguments[@]}\""
+    printing = 'printf \'%s\\0\' "$ODD" "$logs" "${srun_options[@]}" -- "${command[@]}" -- "${arguments[@]}"'
     ended = subprocess.run(["bash", "-c", above + printing], capture_output=True, text=True, check=True)
     return ended.stdout.split("\0")[:-1]
 

@@ -10,7 +10,7 @@ import pytest
 
 import tpt_megatron.mcore  # noqa: F401 - before megatron
 from tpt_megatron.config.experiment import ExperimentConfig
-from tpt_megatron.config.load import check_config, load_config, read_config, recipe_names
+from tpt_megatron.config.load import check_config, load_config, read_values, recipe_names
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError, UsageError
 from tpt_megatron.launch.gpus import find_gpu
@@ -159,7 +159,7 @@ def test_no_layout_that_fits_is_said() -> None:
         plan_search(run(), 1, find_gpu("a100-40gb"), 0.4)
 
 
-RECIPES = {name: kind_of(read_config(name)[0]) for name in recipe_names()}
+RECIPES = {name: kind_of(read_values(name)[0]) for name in recipe_names()}
 FITS = {"paper-pretrain-8b": 16, "paper-midtrain-7b": 16}
 """GPUs of 80 GB that a recipe says it fits on, where these are not 8."""
 
