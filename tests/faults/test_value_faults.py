@@ -30,7 +30,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
     for number in range(FILES):
         with open(folder / f"in/{number}.jsonl", "w") as file:
-            for i in range(120):
+            for i in range(80):
                 text = " ".join(f"word{draw.randrange(99)}" for _ in range(40))
                 thoughts = [{"text": f"{i} {draw.randrange(9)}", "generator": "g", "seen_end": draw.randrange(len(text))} for _ in range(i % 3)]
                 file.write(json.dumps({"text": text, "source": f"s{i % 3}", "thoughts": thoughts}) + ("\n" if i else "\n{broken\n"))
