@@ -405,6 +405,23 @@ def _plan_augment(config: str, overrides: list[str]) -> None:
 
 
 @app.command()
+def doctor(
+    path: Annotated[Path, typer.Option("--path", metavar="DIR", help="The folder whose disk is examined: where runs and data are to be.")] = Path(),
+    quick: Annotated[bool, typer.Option("--quick", help="Measure no speeds: of the disk, and of ranks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what this machine has, what is missing, and the command that mends it; under torchrun, of every node, and how ranks get on together.
+
+    Exit code 1 when something is a problem. DIR is left as it was; at most 256 MB are written there for some seconds.
+    """
+    from tpt_megatron.doctor.printing import print_json, print_report
+    from tpt_megatron.doctor.run import run_doctor
+
+    is_healthy = run_doctor(path, quick, print_json if as_json else print_report)
+    raise typer.Exit(0 if is_healthy else 1)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demonstration makes.")] = Path("demo-output"),
     steps: Annotated[int, typer.Option(min=20, help="Training steps an arm; fewer make a quicker look that shows less.")] = 1500,
