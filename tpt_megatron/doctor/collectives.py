@@ -72,7 +72,7 @@ def clock_at_once() -> float:
 
 def device_type() -> str:
     """Return what this rank has to compute on: cuda, or cpu. Raises nothing, and uses no GPU yet."""
-    return "cuda" if torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", "0")) else "cpu"
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() > int(os.environ.get("LOCAL_RANK", "0")) else "cpu"
 
 
 def build_of_torch() -> dict[str, str]:
