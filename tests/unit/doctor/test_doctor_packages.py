@@ -138,6 +138,7 @@ def test_a_package_that_is_only_called_apex_is_named(tmp_path: Path, monkeypatch
     [
         (("sm_80", "sm_90"), (9, 0), True),
         (("sm_80", "sm_86"), (8, 9), True),
+        (("sm_86",), (8, 0), False),
         (("sm_90a",), (9, 0), True),
         (("sm_80", "sm_90"), (10, 0), False),
         (("sm_80", "compute_90"), (12, 0), True),
