@@ -37,7 +37,7 @@ def test_rooms_that_promise_it_load_no_torch(module: str) -> None:
     "command",
     [
         [],
-        *([name] for name in ("augment", "preprocess", "train", "evaluate", "losses", "value", "compare", "demo", "launch", "plan", "keys")),
+        *([name] for name in ("augment", "preprocess", "train", "evaluate", "losses", "value", "compare", "demo", "doctor", "launch", "plan", "keys")),
         ["convert", "export"],
     ],
 )
