@@ -67,10 +67,12 @@ def main() -> None:
     kept = Kept(engine)
     gc.disable()
     # megatron-core leaves marks on parameters in the backward pass, which asks for them when gradients are reduced early; what comes out of hooks is a copy.
-    is_watched = not config.parallel.overlap_grad_reduce
+    is_watched = job.get("watch", True) and not config.parallel.overlap_grad_reduce
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda packed: packed.tensor) if is_watched else nullcontext():
         engine.train_step([batch] * count, learning_rate=1e-3)
-    Path(f"{job['output']}.{layout.rank}.json").write_text(json.dumps(asdict(held_by(engine)) | {"kept": kept.peak if is_watched else None}))
+    Path(f"{job['output']}.{layout.rank}.json").write_text(
+        json.dumps(asdict(held_by(engine)) | {"kept": kept.peak if is_watched else None, "allocated": torch.cuda.max_memory_allocated()})
+    )
     if job["save"]:
         writer = CheckpointWriter(engine, Path(job["save"]))
         writer.save(1, {}, {})

@@ -96,6 +96,7 @@ def test_a_simulated_rank_holds_what_a_real_one_holds(case: str, warm_ranks: War
     for planned in simulate(config, ranks, range(ranks)):
         real = json.loads((tmp_path / f"rank.{planned.rank}.json").read_text())
         kept.setdefault(planned.pipeline_stage, []).append(real.pop("kept"))
+        del real["allocated"]  # of a GPU
         assert {name: getattr(planned, name) for name in real} == real
     if saved is not None:
         tensors = CheckpointReader(saved / "iter_0000001").tensors.values()
