@@ -118,7 +118,8 @@ class Questions:
             with_thought=np.concatenate([ids for _, ids in segments]),
             without=np.concatenate([tokens[:context], between, tokens[context:]]),
             target=kept - unpredicted,
-            saw_target=place.character is not None and thought.seen_end is not None and thought.seen_end > place.character,
+            # A thought that does not say what it saw is about the whole document, as in the arms.
+            saw_target=place.character is not None and (thought.seen_end is None or thought.seen_end > place.character),
             target_cut=target - kept,
             context_cut=place.cut - context,
         )

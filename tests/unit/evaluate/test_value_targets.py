@@ -69,8 +69,9 @@ def test_the_answer_in_the_document(answer: dict[str, str], before: str, target:
     question, found = asked(document(), target="answer", answer=answer)
     assert found == (f"{before}\n<think>\nhm\n</think>\n{target}", TEXT, target)
     assert not question.saw_target  # type: ignore[union-attr]
-    question, _ = asked(document(TEXT, Thought("hm", "g", seen_end=len(TEXT))), target="answer", answer=answer)
-    assert question.saw_target  # type: ignore[union-attr]
+    for seen_end in (len(TEXT), None):  # one that does not say what it saw is about the whole document
+        question, _ = asked(document(TEXT, Thought("hm", "g", seen_end=seen_end)), target="answer", answer=answer)
+        assert question.saw_target  # type: ignore[union-attr]
 
 
 def test_the_answer_of_a_field_follows_the_document_as_in_append() -> None:
