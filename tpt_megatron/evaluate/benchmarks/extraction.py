@@ -13,8 +13,11 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-_NUMBER = r"(?P<sign>-?)\s?(?:\\?\$|USD|[€£])?\s?(?P<minus>-?)(?P<number>(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?+)(?!\s?/\s?\d)"
-"""A whole or decimal number with its thousands apart by commas or not, perhaps after a currency. No fraction: half of one would be another number."""
+_NUMBER = r"(?P<sign>-?)\s?(?:\\?\$|USD|[€£])?\s?(?P<minus>-?)(?P<number>(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?+)(?!,?\d|\s?(?:\d++\s?)?/\s?\d)"
+"""A whole or decimal number with its thousands apart by commas or not, perhaps after a currency.
+
+No fraction, no mixed number such as 3 1/2, and no other grouping such as 12,34: a part of one would be another number.
+"""
 _GSM8K = re.compile(rf"(?:####|\bthe answer is:?)\s*{_NUMBER}", re.IGNORECASE | re.ASCII)
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?:\s*(?=\{)|\s+(?P<bare>[^\s{$.]+))")
 _FINAL = re.compile(r"\bfinal answer is:?[ \t]*(?P<answer>\S[^\n]*)", re.IGNORECASE)
