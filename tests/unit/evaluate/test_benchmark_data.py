@@ -56,6 +56,20 @@ def test_the_first_problems_are_the_examples_where_there_are_no_others_and_are_n
     assert [problem["id"] for problem in read_problems("gsm8k", data, None, 5)] == ["6", "7"], "a problem is named by its place"
 
 
+def test_no_example_asks_what_the_problem_asks(tmp_path: Path) -> None:
+    data = write(tmp_path / "all/test.jsonl", *(sum_of(i, 1) for i in range(3)))
+    write(tmp_path / "all/train.jsonl", sum_of(8, 8))
+    for prompt in prompts("gsm8k", data=data, shots=tmp_path / "all", num_shots=2):
+        shown, _, question = prompt.rpartition("Question: ")
+        assert shown.count("Question: ") == 2
+        assert question.partition("\n")[0] not in shown
+    twice = write(tmp_path / "twice.jsonl", *(sum_of(i, 1) for i in (0, 1, 0, 2)))
+    asked = read_problems("gsm8k", twice, None, 1)
+    assert [(problem["id"], problem["shots"][0]["id"]) for problem in asked] == [("2", "1"), ("3", "2"), ("4", "1")]
+    with pytest.raises(DataError, match=r"test\.jsonl: has 1 examples that are not problem 1 itself, and 2 are to be shown"):
+        read_problems("gsm8k", data, write(tmp_path / "few/test.jsonl", sum_of(0, 1), sum_of(5, 1)), 2)
+
+
 def test_math_is_asked_with_four_solutions(tmp_path: Path) -> None:
     problems = [{"problem": f"Halve {2 * i}.", "solution": f"Since $2 \\cdot {i}$: $\\boxed{{{i}}}$.", "level": "1"} for i in range(6)]
     data, shots = write(tmp_path / "test.jsonl", *problems[4:]), write(tmp_path / "train.jsonl", *problems[:4])
@@ -133,8 +147,8 @@ def test_a_record_that_cannot_be_used_is_told_with_its_line(tmp_path: Path, name
 
 def test_too_few_examples_are_told(tmp_path: Path) -> None:
     data = write(tmp_path / "test.jsonl", choice("law", 1), choice("art", 1))
-    shots = write(tmp_path / "dev.jsonl", choice("law", 1), choice("law", 2), choice("art", 2))
-    with pytest.raises(DataError, match=r"dev\.jsonl: has 1 examples of 'art', and 2 are to be shown"):
+    shots = write(tmp_path / "dev.jsonl", choice("law", 2), choice("law", 3), choice("art", 2))
+    with pytest.raises(DataError, match=r"dev\.jsonl: has 1 examples of 'art' that are not problem 2 itself, and 2 are to be shown"):
         read_problems("mmlu", data, shots, 2)
     with pytest.raises(DataError, match="no problem is left to ask"):
         read_problems("mmlu", data, None, 2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -43,23 +44,27 @@ def load_splits(*, files: Mapping[str, Path], **_: Any) -> dict[str, Any]:
 def read_problems(benchmark: str, data: Path, shots: Path | None, num_shots: int) -> list[Problem]:
     """Return the problems to ask, in the order of `data`, each with `num_shots` examples as `shots`: those that stand first, of the same subject.
 
+    An example that asks the very same as the problem would show its answer: the next one takes its place.
     Without a place for examples the first problems of `data` (of each subject) are these, and are not asked. RecordError for a record that cannot
     be used, with its file and line; DataError for files that are missing or damaged, or have too few.
     """
     problems = _prepared(benchmark, data)
     if shots is None or shots.resolve() == data.resolve():
-        examples, place = _first_of_each_group(problems, num_shots), data
-        problems = [problem for problem in problems if not any(problem is example for of_group in examples.values() for example in of_group)]
+        examples, place = _by_group(problems), data
+        shown = {id(example) for of_group in examples.values() for example in of_group[:num_shots]}
+        problems = [problem for problem in problems if id(problem) not in shown]
         if not problems:
             raise DataError(f"{data}: no problem is left to ask, since the first {num_shots} are the examples; give other examples as shots")
     else:
-        examples, place = _first_of_each_group(_prepared(benchmark, shots), num_shots), shots
+        examples, place = _by_group(_prepared(benchmark, shots)), shots
     for problem in problems:
         # Where examples have no subject they are for all.
-        of_group = examples.get(problem["group"], examples.get("", [])) if num_shots else []
+        others = (example for example in examples.get(problem["group"], examples.get("", [])) if not _asks_the_same(example, problem))
+        of_group = list(islice(others, num_shots))
         if len(of_group) < num_shots:
             subject = f" of {problem['group']!r}" if problem["group"] else ""
-            raise DataError(f"{place}: has {len(of_group)} examples{subject}, and {num_shots} are to be shown; give more as shots, or a lower num_shots")
+            found = f"has {len(of_group)} examples{subject} that are not problem {problem['id']} itself"
+            raise DataError(f"{place}: {found}, and {num_shots} are to be shown; give more as shots, or a lower num_shots")
         problem["shots"] = [{key: value for key, value in example.items() if key != "shots"} for example in of_group]
     return problems
 
@@ -90,13 +95,15 @@ def _records(place: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _first_of_each_group(problems: list[Problem], count: int) -> dict[str, list[Problem]]:
+def _by_group(problems: list[Problem]) -> dict[str, list[Problem]]:
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
-        of_group = groups.setdefault(problem["group"], [])
-        if len(of_group) < count:
-            of_group.append(problem)
+        groups.setdefault(problem["group"], []).append(problem)
     return groups
+
+
+def _asks_the_same(one: Problem, other: Problem) -> bool:
+    return all(one.get(part) == other.get(part) for part in ("question", "options", "passage"))
 
 
 def _text(record: Mapping[str, Any], field: str, where: str) -> str:
