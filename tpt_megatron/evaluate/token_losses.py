@@ -66,9 +66,16 @@ def choose_documents(dataset: TokenDataset, count: int, longest: int) -> Documen
 
 
 def positions_of(folder: Path) -> int:
-    """Return how many tokens a model can read."""
-    with quiet_transformers():
-        return int(transformers.AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings)
+    """Return how many tokens a model can read; DataError where its config.json cannot be read, or does not say."""
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001  transformers raises bare exceptions of many kinds
+        raise DataError(f"{folder}: its config.json cannot be read ({(str(error).strip().splitlines() or [type(error).__name__])[0]})") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise DataError(f"{folder}: its config.json does not say how many tokens it reads; put it there as max_position_embeddings")
+    return positions
 
 
 def token_losses(folder: Path, documents: Documents, dtype: str, advance: Callable[[int], object] = lambda documents: None) -> npt.NDArray[np.float32]:

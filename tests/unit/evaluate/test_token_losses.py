@@ -14,7 +14,7 @@ from tpt_megatron.datasets import open_dataset
 from tpt_megatron.errors import DataError
 from tpt_megatron.evaluate import token_losses as module
 from tpt_megatron.evaluate.hard_tokens import GROUPS, difficulty, summarise
-from tpt_megatron.evaluate.token_losses import Documents, choose_documents, token_losses
+from tpt_megatron.evaluate.token_losses import Documents, choose_documents, positions_of, token_losses
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,10 @@ def test_what_was_learned_and_not_kept_is_counted_where_it_is() -> None:
     assert [(row["id"], row["tokens"]) for row in found["lowered"]["arm"]] == [(7, 2), (5, 2), (8, 1), (6, 1)]
     assert found["lowered"]["arm"][0]["nats"] == pytest.approx(2.1)
     assert found["means"]["difficulty"]["9"] == {"tokens": 1, "base": 4.0, "arm": pytest.approx(0.9)}  # six tokens in ten groups: some have none
+
+
+@pytest.mark.parametrize(("config", "says"), [('{"model_type": "bloom"}', "does not say how many tokens it reads"), ("{", "config.json cannot be read")])
+def test_a_model_that_does_not_say_what_it_reads_is_told(tmp_path: Path, config: str, says: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(DataError, match=says):
+        positions_of(tmp_path)
