@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from tpt_megatron.config.evaluate import EvaluateConfig, ThoughtDelimiters
-from tpt_megatron.errors import MachineError
+from tpt_megatron.errors import ConfigError, MachineError
 from tpt_megatron.evaluate.exports import model_folder, remove_stale_exports
 from tpt_megatron.evaluate.problems import Problem, read_problems
 from tpt_megatron.evaluate.score import Sample, fill_template, mark, summarise
@@ -49,9 +52,9 @@ def run_evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     Results found there for the same weights, problems and settings are taken as they are. What benchmarks were answered is
     in OUTPUT/journal/NAME, from which a killed run goes on.
 
-    Raises MachineError without transformers or what benchmarks need, ConfigError for benchmarks that do not fit, RecordError and DataError for problems
-    and models that cannot be read, CheckpointError for a run without a checkpoint, ConversionError for one that cannot be exported, and
-    Stopped after a signal.
+    Raises MachineError without transformers or what benchmarks need, ConfigError for benchmarks that do not fit, and where another process works in the
+    output, RecordError and DataError for problems and models that cannot be read, CheckpointError for a run without a checkpoint, ConversionError for
+    one that cannot be exported, and Stopped after a signal.
     """
     _require_packages(config)
     problems = [] if config.problems is None else read_problems(config.problems, config.answer_field, config.limit)
@@ -59,10 +62,25 @@ def run_evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     subjects = find_subjects(config)
     benchmarks = _prepare(config)
     output = config.output or (config.run_dir or subjects[0].path) / "evaluation"
-    remove_stale_exports(output)
-    with stops_noticed() as check:
+    with _alone(output), stops_noticed() as check:
+        remove_stale_exports(output)
         evaluation = Evaluation(config, problems, prompts, benchmarks, thoughts_of(config), output, check)
         return [_evaluate(evaluation, subject) for subject in subjects]
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Refuse to work where another run does: each would ask what the other does, and take its half-written lines for a killed run's (ConfigError)."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = os.open(output, os.O_RDONLY)  # the system releases it when the process ends, however that is
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output={output}: another tpt evaluate is at work there; wait for it, or give another output") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _evaluate(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:

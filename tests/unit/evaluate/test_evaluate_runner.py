@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch_dist import EOD, checkpoint_state, random_llama, tiny_model, write_ch
 
 from tpt_megatron.config.evaluate import EvaluateConfig  # noqa: E402
 from tpt_megatron.convert.export import export_checkpoint  # noqa: E402
-from tpt_megatron.errors import CheckpointError, DataError, MachineError, RecordError  # noqa: E402
+from tpt_megatron.errors import CheckpointError, ConfigError, DataError, MachineError, RecordError  # noqa: E402
 from tpt_megatron.evaluate.generate import Generator  # noqa: E402
 from tpt_megatron.evaluate.runner import run_evaluate  # noqa: E402
 from tpt_megatron.tokenizer import train_word_tokenizer  # noqa: E402
@@ -154,6 +156,16 @@ def test_mistakes_are_one_line(run: Path, problems: Path, tmp_path: Path, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"tpt-megatron\[evaluate\]"):
         run_evaluate(config_of(problems, run_dir=run))
+
+
+def test_a_second_process_in_an_output_is_refused(run: Path, problems: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    held = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="another tpt evaluate is at work there"):
+        run_evaluate(config_of(problems, run_dir=run, output=tmp_path / "out"))
+    os.close(held)
+    assert len(run_evaluate(config_of(problems, run_dir=run, output=tmp_path / "out"))) == 2
 
 
 def test_missing_weights_are_not_made_up(run: Path, problems: Path, tmp_path: Path) -> None:
