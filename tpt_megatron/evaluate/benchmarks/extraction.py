@@ -5,7 +5,7 @@ Of several answers the last one counts: who works a problem out states it at the
 gsm8k             `#### 1,234`, as the data set has it, or `The answer is $1,234.`, as the examples in the prompt have it
 math              `\boxed{...}`, or `final answer is ...`
 mmlu, mmlu_pro    `answer is (B)`, `Answer: B`, `\boxed{B}`, or a text that begins with `(B)`, `B.`, `B:` or is a line with B alone
-boolq             a text that begins with yes, no, true or false, or `answer is yes`, or a line with the word alone
+boolq             a text that begins with yes, no, true or false, whatever follows; else `answer is yes`, or a line with the word alone
 """
 
 from __future__ import annotations
