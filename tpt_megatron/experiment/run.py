@@ -104,6 +104,9 @@ def _claim(config: ExperimentConfig) -> None:
     path = config.output / PLAN
     if not path.is_file():
         return
-    before, now = read_json(path)["experiment"], config.model_dump(mode="json")
+    written, now = read_json(path), config.model_dump(mode="json")
+    before = written.get("experiment") if isinstance(written, dict) else None
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path}: not a plan of tpt experiment; give another output")
     if differing := [key for key in now if key not in FREE and before.get(key) != now[key]]:
         raise ConfigError(f"{config.output}: holds an experiment with another {', '.join(differing)}; give another output, or remove it")

@@ -249,6 +249,8 @@ def test_a_prompt_without_room_loses_its_beginning() -> None:
     assert fit(ids[:85], 20, 100) == (ids[5:85], 20)
     assert fit(ids, 2000, 100) == (ids[-75:], 25)
     assert fit(ids[:70], 2000, 100) == (ids[:70], 30)
+    assert fit(ids, 20, 100, begins=1) == ([0, *ids[-79:]], 20)
+    assert fit(ids[:80], 20, 100, begins=1) == (ids[:80], 20)
 
 
 def test_prompts_without_room_are_counted(tmp_path: Path, problems: Path) -> None:

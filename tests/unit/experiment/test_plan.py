@@ -176,3 +176,6 @@ def test_another_experiment_in_the_same_folder_is_refused_and_more_seeds_are_not
     prepare(experiment(datasets, output=str(tmp_path), seeds=[1, 2]))
     with pytest.raises(ConfigError, match="holds an experiment with another override, tokens; give another output"):
         prepare(experiment(datasets, output=str(tmp_path), tokens=1344, override={"seed": 4}))
+    (tmp_path / "plan.json").write_text('{"arms": []}')
+    with pytest.raises(ConfigError, match=r"plan\.json: not a plan of tpt experiment; give another output"):
+        prepare(experiment(datasets, output=str(tmp_path)))

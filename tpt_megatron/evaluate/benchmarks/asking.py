@@ -114,7 +114,7 @@ class JournalledModel:
             until = how.get("until") or []
             stops = tuple([until] if isinstance(until, str) else until)
             ids = self._backend.encode(prompt)
-            kept, limit = fit(ids, limit, self._backend.positions)
+            kept, limit = fit(ids, limit, self._backend.positions, begins=self._backend.begins)
             inside = ends_in_thought(prompt, self._asking.thoughts)
             requests.append(Request(tuple(kept), limit, stops, self._asking.thoughts, inside, sampling_of(how)))
             cuts.append(len(kept) < len(ids))
@@ -125,15 +125,16 @@ class JournalledModel:
         ]
 
 
-def fit(ids: list[int], max_new_tokens: int, positions: int | None) -> tuple[list[int], int]:
-    """Return the prompt's tokens that a model of so many positions can read, and how many may follow.
+def fit(ids: list[int], max_new_tokens: int, positions: int | None, *, begins: int = 0) -> tuple[list[int], int]:
+    """Return the prompt's tokens that a model of so many positions can read, and how many may follow. begins: how many at the front stay, a BOS.
 
     A long prompt leaves less room for what follows; where a quarter of the positions would not be left, or `max_new_tokens` if these are fewer, the
     prompt loses its beginning, which is examples.
     """
     if positions is None:
         return ids, max_new_tokens
-    kept = ids[-(positions - min(max_new_tokens, max(1, positions // 4))) :]
+    room = positions - min(max_new_tokens, max(1, positions // 4))
+    kept = ids if len(ids) <= room else ids[:begins] + ids[len(ids) - (room - begins) :]
     return kept, min(max_new_tokens, positions - len(kept))
 
 

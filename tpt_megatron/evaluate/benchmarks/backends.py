@@ -15,7 +15,10 @@ class Backend(Protocol):
     """A model that continues prompts, and says how likely texts are.
 
     positions  how many tokens, prompt and continuation together, it can read; None where it does not say
+    begins     how many tokens at a prompt's front are none of its text, and stay where it is cut: 1 with a BOS
     """
+
+    begins: int
 
     @property
     def positions(self) -> int | None:
@@ -38,6 +41,7 @@ class TransformersBackend:
         self._generator, self._batch_size, self._add_bos = generator, batch_size, options.add_bos_token
         if options.add_bos_token and generator.tokenizer.bos_token_id is None:
             raise ConfigError("benchmark_options.add_bos_token=true: the model's tokenizer has no BOS token")
+        self.begins = int(options.add_bos_token)
         self._lm: Any = None
 
     @property

@@ -22,7 +22,7 @@ class VllmBackend:
     def __init__(self, folder: Path, options: BenchmarkOptions, dtype: str) -> None:
         from lm_eval.models.vllm_causallms import VLLM
 
-        self._add_bos = options.add_bos_token
+        self._add_bos, self.begins = options.add_bos_token, int(options.add_bos_token)
         self._lm: Any = VLLM(pretrained=str(folder), dtype=dtype, add_bos_token=options.add_bos_token, seed=options.seed, batch_size="auto")
         if options.add_bos_token and self._lm.tokenizer.bos_token_id is None:
             raise ConfigError("benchmark_options.add_bos_token=true: the model's tokenizer has no BOS token")
