@@ -139,7 +139,12 @@ def preprocess(config: ConfigName, overrides: Overrides = None) -> None:
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset without its ending (data/append/train), an output of tpt preprocess, records, a run.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A dataset without its ending (data/append/train), an output of tpt preprocess, records, a run, a checkpoint, a model folder."
+        ),
+    ],
     documents: Annotated[int, typer.Option(min=0, metavar="N", help="How many of the first documents to show.")] = 3,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw lengths and sources: a .png, .svg or .pdf file.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, bound and count instead; exit code 1 if anything is wrong.")] = False,

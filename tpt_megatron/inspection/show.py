@@ -1,4 +1,4 @@
-"""`tpt inspect`: finds out what lies at a path, and prints what it holds: a dataset, an output of `tpt preprocess`, record files."""
+"""`tpt inspect`: finds out what lies at a path, and prints what it holds: a dataset, an output of `tpt preprocess`, record files, a model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tpt_megatron.datasets import DOCUMENT_PARTS, MANIFEST_KIND, PART_NAMES, Tok
 from tpt_megatron.errors import DataError, UsageError
 from tpt_megatron.files import read_manifest
 from tpt_megatron.inspection.documents import print_documents, tokenizer_file
+from tpt_megatron.inspection.models import holds_model, print_model
 from tpt_megatron.inspection.printing import counts_table, one_line, print_facts, print_line, print_table, table_name
 from tpt_megatron.inspection.records import holds_records, print_records
 from tpt_megatron.inspection.summary import Summary, distribution, percentiles, shown_kinds, summarise
@@ -24,7 +25,8 @@ SIDECARS = ("parts.bin", "sources.bin", "documents.parquet", "tokenizer.json", "
 
 
 def inspect_path(path: str | Path, console: Console, *, documents: int, plot: Path | None, check: bool) -> None:
-    """Show what lies at `path`: a dataset's PREFIX (or its .bin or .idx), an output of `tpt preprocess`, or record files, which may be a URL.
+    """Show what lies at `path`: a dataset's PREFIX (or its .bin or .idx), an output of `tpt preprocess`, a model's folder, or record files,
+    which may be a URL.
 
     `check` verifies instead, every dataset where `path` is a folder. Raises UsageError for anything else and for options
     that do not fit what is there, and DataError when `check` finds anything wrong, after all of it is printed.
@@ -34,7 +36,11 @@ def inspect_path(path: str | Path, console: Console, *, documents: int, plot: Pa
     local = None if "://" in str(path) else Path(path)
     named = None if local is None else _named_dataset(local)
     prefixes = [named] if named is not None else [] if local is None else _datasets_in(local)
-    if not prefixes:
+    if local is not None and named is None and holds_model(local):
+        if plot is not None:
+            raise UsageError(f"{path}: --plot draws a dataset, and this is a model's folder")
+        print_model(local, console, check=check)
+    elif not prefixes:
         _show_records(path, console, documents, has_options=plot is not None or check)
     elif check:
         _verify(prefixes, console)
@@ -63,7 +69,7 @@ def _show_records(path: str | Path, console: Console, documents: int, *, has_opt
         what = "no dataset in it (a PREFIX.idx here or one folder below), and no record file" if place.is_dir() else "neither a dataset nor a record file"
         raise UsageError(
             f"{path}: {what}; tpt inspect takes a dataset's PREFIX (PREFIX.bin and PREFIX.idx), an output folder of tpt preprocess, "
-            "or a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file of records or a folder of them"
+            "a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file of records or a folder of them, a checkpoint, a run, or a Hugging Face model folder"
         )
     if has_options:
         raise UsageError(f"{path}: --plot and --verify are for token datasets, and these are record files")
