@@ -150,7 +150,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Check every checksum, bound and count instead; exit code 1 if anything is wrong.")] = False,
     step: Annotated[int | None, typer.Option(metavar="N", help="Of a run folder: show every document that step N saw.")] = None,
 ) -> None:
-    """Show what a token dataset holds: counts by part and source, lengths, and its first documents. Or what record files hold, or what a step saw."""
+    """Show what a token dataset holds: counts by part and source, lengths, and its first documents. Or record files, a model, or what a step saw."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
