@@ -121,7 +121,8 @@ def _fp8_bytes(config: TrainConfig, held: HeldByRank) -> int:
     if config.fp8 == "none" or config.fp8_parameters:
         return 0
     rows = padded_vocabulary(config.model, config.parallel.tensor_parallel) * config.model.hidden_size // config.parallel.tensor_parallel
-    ends = held.pipeline_stage == 0, held.pipeline_stage == config.parallel.pipeline_parallel - 1 and not config.model.tie_embeddings
+    last = config.parallel.pipeline_parallel - 1
+    ends = held.pipeline_stage == 0, held.pipeline_stage == last and (last > 0 or not config.model.tie_embeddings)  # a last stage has tied ones, too
     return 2 * (held.parameters - rows * sum(ends))
 
 

@@ -92,6 +92,8 @@ def test_fp8_weights_beside_bf16_ones_are_two_bytes_a_matrix_entry() -> None:
     plain, both, alone = (
         plan_training(run(**fp8), 32, H100, mfu=0.4).stages[0] for fp8 in ({}, {"fp8": "tensorwise"}, {"fp8": "tensorwise", "fp8_parameters": True})
     )
+    tied = plan_training(run(model="qwen3-4b", parallel={"pipeline_parallel": 2}, fp8="tensorwise"), 32, H100, mfu=0.4).stages
+    assert tied[0].fp8_bytes == pytest.approx(tied[1].fp8_bytes, rel=1e-4), "half of the layers each; embeddings, which both have, are not multiplied in FP8"
     embeddings = 2 * 128_256 * 4096
     assert both.fp8_bytes == 2 * (8_030_261_248 - embeddings) and plain.fp8_bytes == alone.fp8_bytes == 0
     assert both.activations.kept < plain.activations.kept, "inputs of matrix products are kept in one byte"
