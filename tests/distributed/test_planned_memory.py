@@ -44,6 +44,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "one, multi-token prediction": (1, "mtp", {}, {}),
     "DP2": (2, "dense", {}, {}),
     "DP2, plain optimizer": (2, "dense", {"distributed_optimizer": False}, {}),
+    "DP2, plain optimizer, bf16": (2, "dense", {"distributed_optimizer": False}, {"precision": "bf16"}),
     "DP2, bf16": (2, "dense", {}, {"precision": "bf16"}),
     "TP2": (2, "tied, with norms and biases", {"tensor_parallel": 2}, {}),
     "TP2+SP": (2, "dense", {"tensor_parallel": 2, "sequence_parallel": True}, {}),
@@ -57,9 +58,18 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "DP4, overlapped": (4, "dense", {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
     "EP2, PP2": (4, "experts", {"expert_parallel": 2, "pipeline_parallel": 2}, {}),
 }
-SAVED = {"one", "one, norms and biases", "one, experts", "one, multi-token prediction", "DP2, bf16", "TP2+SP, PP2"}
+SAVED = {
+    "one",
+    "one, norms and biases",
+    "one, experts",
+    "one, multi-token prediction",
+    "DP2, plain optimizer",
+    "DP2, plain optimizer, bf16",
+    "DP2, bf16",
+    "TP2+SP, PP2",
+}
 """Their checkpoints are as large as was planned, too."""
-WITHOUT_FORMULA = {"DP2, bf16", "DP4, overlapped"}
+WITHOUT_FORMULA = {"DP2, plain optimizer, bf16", "DP2, bf16", "DP4, overlapped"}
 """Norms of bf16 go by fp32 on a CPU alone; and what autograd keeps cannot be watched where gradients are reduced early."""
 
 

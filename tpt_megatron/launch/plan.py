@@ -127,11 +127,15 @@ def _fp8_bytes(config: TrainConfig, held: HeldByRank) -> int:
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    """Return what the tensors of one checkpoint take: weights as they are trained; and fp32 weights and two moments of the optimizer."""
+    """Return what the tensors of one checkpoint take: weights as they are trained; and fp32 weights and two moments of the optimizer.
+
+    An optimizer that is not distributed has no other weights than those of fp32, and writes them once.
+    """
     model: ModelConfig = config.model
     padding = (padded_vocabulary(model, 1) - model.vocab_size) * model.hidden_size * (1 if model.tie_embeddings else 2)
     weights = count_parameters(model) + padding + _mtp_parameters(model)
-    return weights * ((2 if config.precision == "bf16" else 4) + 12)
+    trained = 2 if config.precision == "bf16" else 4
+    return weights * (trained + (12 if trained == 2 or config.parallel.distributed_optimizer else 8))
 
 
 def _mtp_parameters(model: ModelConfig) -> int:
