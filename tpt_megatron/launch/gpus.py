@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpt_megatron.errors import UsageError
+from tpt_megatron.errors import ConfigError, UsageError
 from tpt_megatron.train.flops import peak_tflops
 
 MEBIBYTE = 1 << 20
@@ -13,6 +13,9 @@ MEMORY_MIB = {"H100": 81_559, "H100 NVL": 95_830, "H200": 143_771, "A100": 81_92
 RESERVED_BYTES, RESERVED_SHARE = 2_500_000_000, 0.05
 """What training cannot have: CUDA's context, buffers of NCCL and cuBLAS; and what the allocator loses between blocks. Assumed, not measured."""
 
+HOPPER_FP8 = ("none", "delayed", "tensorwise", "blockwise")
+"""What H100 and H200 can do; mxfp8 needs the chips after them, and those before have no FP8."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -20,6 +23,13 @@ class Gpu:
 
     name: str
     memory: int
+
+    def check_fp8(self, recipe: str) -> None:
+        """Raise ConfigError for a recipe that the chip has no matrix products for; the trainer would refuse it there."""
+        possible = ("none",) if self.name.startswith("A100") else HOPPER_FP8
+        if recipe not in possible:
+            others = f"fp8={', '.join(possible[1:])} or none" if possible[1:] else "fp8=none"
+            raise ConfigError(f"fp8={recipe} cannot be done on an {self.name}; set {others}")
 
     @property
     def usable(self) -> int:

@@ -84,6 +84,7 @@ def plan_training(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) ->
     if config.model.vocab_size == 0:
         raise ConfigError("model.vocab_size=0 takes the dataset's, which is not there yet; give model.vocab_size, or data.train that exists")
     check_supported_on_cuda(config)
+    gpu.check_fp8(config.fp8)
     padded_vocabulary(config.model, config.parallel.tensor_parallel)
     held = simulate_stages(config, world_size)
     data_parallel = world_size // config.parallel.model_ranks

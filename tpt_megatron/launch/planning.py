@@ -78,6 +78,7 @@ def plan_search(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) -> t
     """Return the fastest layouts that fit, and the overrides that make the first one; ConfigError when none fits."""
     if config.model.vocab_size == 0:
         raise ConfigError("model.vocab_size=0 takes the dataset's, which is not there yet; give model.vocab_size, or data.train that exists")
+    gpu.check_fp8(config.fp8)
     found, possible = search(config, world_size, gpu, mfu)
     if not found:
         raise ConfigError(f"no layout of this model fits on {world_size} x {gpu.name}, of {possible} that are possible; give it more GPUs, or larger ones")

@@ -120,6 +120,19 @@ def test_what_a_cluster_would_refuse_is_refused(values: dict[str, Any], world: i
         plan_training(run(**values), world, H100, mfu=0.4)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "recipe", "message"),
+    [
+        ("a100", "delayed", "fp8=delayed cannot be done on an A100; set fp8=none"),
+        ("h100", "mxfp8", "fp8=mxfp8 cannot be done on an H100; set fp8=delayed, tensorwise, blockwise or none"),
+    ],
+)
+def test_fp8_that_the_chip_does_not_have_is_refused_with_and_without_search(gpu: str, recipe: str, message: str) -> None:
+    for plan in (plan_training, plan_search):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            plan(run(fp8=recipe), 32, find_gpu(gpu), 0.4)
+
+
 def test_search_finds_layouts_that_fit_and_the_trainer_takes() -> None:
     """8B on 32 H100s: data parallelism alone does not fit, as above."""
     config = run(global_batch_sequences=64)
