@@ -134,10 +134,11 @@ class TrainConfig(Config):
         for batch in reversed(self.progress.batches):
             if batch % unit:
                 which = f"global_batch_sequences={batch}" if batch == self.global_batch_sequences else f"batch_ramp: a batch of {batch}"
+                above = (batch // unit + 1) * unit
+                nearest = f"the nearest that are: {batch // unit * unit} and {above}" if batch > unit else f"the least that is one: {above}"
                 raise ConfigError(
                     f"{which} is not a multiple of micro_batch_sequences={self.micro_batch_sequences} "
-                    f"x {data_parallel} data-parallel rank(s) = {unit}; the nearest that are: {max(unit, batch // unit * unit)}"
-                    f" and {(batch // unit + 1) * unit}"
+                    f"x {data_parallel} data-parallel rank(s) = {unit}; {nearest}"
                 )
             stages = self.parallel.pipeline_parallel
             if self.parallel.virtual_pipeline > 1 and batch // unit % stages:

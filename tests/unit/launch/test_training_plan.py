@@ -104,7 +104,12 @@ def test_fp8_weights_beside_bf16_ones_are_two_bytes_a_matrix_entry() -> None:
     [
         ({"parallel": {"tensor_parallel": 3}}, 6, "tensor_parallel=3 does not divide model.num_heads=32"),
         ({"parallel": {"pipeline_parallel": 4}}, 6, r"parallel.pipeline_parallel=4 = 4 does not divide the 6 rank\(s\) of this job"),
-        ({}, 24, r"global_batch_sequences=512 is not a multiple of micro_batch_sequences=1 x 24 data-parallel rank\(s\)"),
+        (
+            {},
+            24,
+            r"global_batch_sequences=512 is not a multiple of micro_batch_sequences=1 x 24 data-parallel rank\(s\) = 24; the nearest that are: 504 and 528",
+        ),
+        ({"global_batch_sequences": 8}, 16, r"x 16 data-parallel rank\(s\) = 16; the least that is one: 16$"),
         ({"parallel": {"context_parallel": 2}}, 8, "data.attention=document with parallel.context_parallel=2 is not supported on CUDA"),
         (
             {"parallel": {"pipeline_parallel": 4, "virtual_pipeline": 2}, "global_batch_sequences": 6},
