@@ -367,6 +367,8 @@ def plan(
     from tpt_megatron.config.load import read_values
     from tpt_megatron.errors import UsageError
 
+    if search and as_json:
+        raise UsageError("--search and --json: give one of them; layouts are ranked in a table alone")
     _require("torch", "megatron.core", "psutil", extra="train")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are simulated without one
     from tpt_megatron.launch import planning

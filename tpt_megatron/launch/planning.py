@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,18 @@ def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
-    """Return the config with what its datasets say, where they are there."""
-    if not all(Path(f"{path}.idx").is_file() for path in config.data.train_paths):
+    """Return the config with what its datasets say, where they are there. Those of validation, which change neither length nor memory, may be missing."""
+    if not _are_there(config.data.train_paths):
         return config
+    wanted = {"validate_every_steps": config.validate_every_steps, "checkpoint": config.checkpoint}
+    if config.validate_every_steps and not _are_there(config.data.validation_sets.values()):
+        config = config.model_copy(update={"validate_every_steps": 0, "checkpoint": config.checkpoint.model_copy(update={"keep_best": 0})})
     data = open_run_data(config)
-    return resolve_vocabulary(data.config, data.opened)
+    return resolve_vocabulary(data.config, data.opened).model_copy(update=wanted)
+
+
+def _are_there(prefixes: Iterable[str]) -> bool:
+    return all(Path(f"{prefix}.idx").is_file() for prefix in prefixes)
 
 
 def plan_run(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) -> tuple[TrainingPlan, list[Table]]:

@@ -248,3 +248,5 @@ def test_the_command_prints_tables_or_json_and_exits_with_2_where_it_does_not_fi
     assert refused.returncode == 2 and refused.stderr.startswith("tpt: DP32 does not fit") and refused.stderr.count("\n") == 1
     told = json.loads(refused.stdout)
     assert told["fits"] is False and told["stages"][0]["held"]["parameters"] == told["parameters"] == 8_030_261_248
+    both = tpt("--world-size", "32", "--search", "--json")
+    assert both.returncode == 2 and both.stderr == "tpt: --search and --json: give one of them; layouts are ranked in a table alone\n"
