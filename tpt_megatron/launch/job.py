@@ -11,6 +11,7 @@ from tpt_megatron.config.augment import AugmentConfig
 from tpt_megatron.config.launch import LaunchConfig
 from tpt_megatron.config.load import Config, apply_override, check_config, read_values
 from tpt_megatron.config.preprocess import PreprocessConfig
+from tpt_megatron.config.stages import likely_stages
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
 
@@ -68,9 +69,11 @@ def _overridden(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 def _load(name: str, overrides: Sequence[str]) -> tuple[Stage, Any]:
     """Return the stage whose keys a config has, and the config."""
     values, origin = read_values(name, overrides)
-    unknown = {stage: len(values.keys() - kind.model_fields.keys()) for stage, kind in _STAGES.items()}
-    fewest = min(unknown.values())
-    fitting = [stage for stage, count in unknown.items() if count == fewest]
+    likely = likely_stages(values)
+    fitting = [stage for stage in _STAGES if stage in likely]
+    if not fitting:
+        instead = "; tpt experiment CONFIG --plan writes one of train for each of its runs" if "experiment" in likely else ""
+        raise ConfigError(f"{origin}: a config of tpt {' or '.join(likely)}, and those of train, augment and preprocess are launched{instead}")
     if len(fitting) > 1:
         raise ConfigError(f"{origin}: neither a config of train, nor of augment, nor of preprocess: it has {', '.join(sorted(values)) or 'no keys'}")
     return fitting[0], check_config(_STAGES[fitting[0]], values, origin)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tpt_megatron.config.experiment import ExperimentConfig
 from tpt_megatron.config.load import check_config, read_values
+from tpt_megatron.config.stages import likely_stages
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.experiment.plan import plan_experiment, train_config
@@ -26,10 +27,9 @@ NOT_YET = "not-there-yet"
 
 
 def kind_of(values: dict[str, Any]) -> str:
-    """Say which stage a config is of, by the keys that only it has: experiment, augment or train."""
-    if "arms" in values:
-        return "experiment" if isinstance(values["arms"], dict) else "preprocess"
-    return "augment" if "generator" in values or "prompts" in values else "train"
+    """Say which stage a config is of; train where its keys do not tell."""
+    likely = likely_stages(values)
+    return "train" if "train" in likely else likely[0]
 
 
 def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:

@@ -46,6 +46,8 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("slurm", "train.yaml", "launch.environment={A: true}"), "environment.A=True"),
         (("slurm", "train.yaml", "launch.name=Tpt"), "name='Tpt' must be of small letters"),
         (("slurm", "neither.yaml"), "neither.yaml: neither a config of train, nor of augment, nor of preprocess: it has input, output"),
+        (("slurm", "paper-evaluate"), "recipe paper-evaluate: a config of tpt evaluate, and those of train, augment and preprocess are launched"),
+        (("slurm", "demo-experiment"), "a config of tpt experiment, and those of train, augment and preprocess are launched; tpt experiment CONFIG --plan"),
         (("slurm", "no.yaml"), "no.yaml: no such config file"),
         (("slurm", "preprocess.yaml", "shard=1/2"), "tpt launch gives each task its own"),
         (("slurm", "augment.yaml"), "launch.slurm.time is missing, which arrays of augment need"),

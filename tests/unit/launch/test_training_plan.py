@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tpt_megatron.mcore  # noqa: F401 - before megatron
+from tests.support.train_runs import preprocess_corpus, write_train_config
 from tpt_megatron.config.experiment import ExperimentConfig
 from tpt_megatron.config.load import check_config, load_config, read_values, recipe_names
 from tpt_megatron.config.train import TrainConfig
@@ -184,7 +185,7 @@ FITS = {"paper-pretrain-8b": 16, "paper-midtrain-7b": 16}
 """GPUs of 80 GB that a recipe says it fits on, where these are not 8."""
 
 
-@pytest.mark.parametrize("name", [name for name, kind in RECIPES.items() if kind == "train" and "evaluate" not in name])
+@pytest.mark.parametrize("name", [name for name, kind in RECIPES.items() if kind == "train"])
 def test_every_recipe_of_training_can_be_planned_and_fits(name: str) -> None:
     """They leave run folder, data and the checkpoint to start from to the user."""
     config = planned_run(name, ["model.vocab_size=1000"] if name == "demo-train" else [])
@@ -229,6 +230,26 @@ def test_the_papers_experiments_can_be_planned(name: str) -> None:
     assert memory.row_count == 1 and runs.row_count == 2
 
 
+def test_every_recipe_is_known_by_its_keys() -> None:
+    assert {RECIPES[name] for name in RECIPES if "evaluate" in name} == {"evaluate"}
+    assert {RECIPES[name] for name in RECIPES if "preprocess" in name} == {"preprocess"}
+    assert {RECIPES[name] for name in RECIPES if "augment" in name} == {"augment"}
+    assert [name for name in RECIPES if RECIPES[name] == "experiment"] == ["demo-experiment", "paper-abundant-8b", "paper-constrained-8b"] + [
+        f"paper-midtrain-{size}-arms" for size in ("1.5b", "3b", "7b")
+    ]
+    assert kind_of({"models": {}, "reference": "a"}) == "losses" and kind_of({}) == kind_of({"optimizer": {}, "typo": 1}) == "train"
+
+
+def test_validation_data_need_not_be_there_where_training_data_are(tmp_path: Path) -> None:
+    preprocess_corpus(tmp_path)
+    kept = {"every_steps": 2, "keep_last": 2, "keep_best": 1}
+    config = str(write_train_config(tmp_path, tmp_path, epochs=1, validate_every_steps=2, checkpoint=kept))
+    for words in ([], [f"data.validation={tmp_path}/not-there-yet"]):
+        planned = planned_run(config, words)
+        assert planned.steps and planned.model.vocab_size == 257, "of the data"
+        assert (planned.validate_every_steps, planned.checkpoint.keep_best) == (2, 1)
+
+
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(UsageError, match="--gpu b300: not known; known are h100, h100-nvl, h200, a100, a100-40gb"):
         find_gpu("b300")
@@ -247,6 +268,6 @@ def test_the_command_prints_tables_or_json_and_exits_with_2_where_it_does_not_fi
     refused = tpt("--world-size", "32", "--json")
     assert refused.returncode == 2 and refused.stderr.startswith("tpt: DP32 does not fit") and refused.stderr.count("\n") == 1
     told = json.loads(refused.stdout)
-    assert told["fits"] is False and told["stages"][0]["held"]["parameters"] == told["parameters"] == 8_030_261_248
     both = tpt("--world-size", "32", "--search", "--json")
     assert both.returncode == 2 and both.stderr == "tpt: --search and --json: give one of them; layouts are ranked in a table alone\n"
+    assert told["fits"] is False and told["stages"][0]["held"]["parameters"] == told["parameters"] == 8_030_261_248
