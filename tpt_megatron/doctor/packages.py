@@ -53,7 +53,11 @@ if found["cuda"]:
         found["architectures"] = torch.cuda.get_arch_list()
         for number in range(torch.cuda.device_count()):
             found["gpus"].append({"name": torch.cuda.get_device_name(number), "capability": list(torch.cuda.get_device_capability(number))})
-            torch.ones(8, device=f"cuda:{number}").sum().item()
+            try:
+                torch.ones(8, device=f"cuda:{number}").sum().item()
+            except RuntimeError as error:
+                if "out of memory" not in str(error):  # a GPU that training has filled is no broken one
+                    raise
     except Exception as error:
         found["why"] = (str(error).splitlines() or [repr(error)])[0]
 print(json.dumps(found))

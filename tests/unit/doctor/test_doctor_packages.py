@@ -101,6 +101,32 @@ def test_a_torch_that_crashes_is_a_problem(tmp_path: Path, monkeypatch: pytest.M
     assert finding.found == "9.9 does not import: killed by SIGSEGV"
 
 
+TORCH_ON_A_GPU = """
+class version: cuda = "13.0"
+__version__ = "9.9"
+class cuda:
+    class nccl: version = staticmethod(lambda: (2, 30, 4))
+    init = staticmethod(lambda: None)
+    get_arch_list = staticmethod(lambda: ["sm_90"])
+    device_count = staticmethod(lambda: 1)
+    get_device_name = staticmethod(lambda number: "H100")
+    get_device_capability = staticmethod(lambda number: (9, 0))
+def ones(*_, device): raise RuntimeError("CUDA error: {}")
+"""
+
+
+@pytest.mark.parametrize(("said", "statuses"), [("out of memory", ["ok", "ok"]), ("unspecified launch failure", ["ok", "ok", "problem"])])
+def test_a_gpu_whose_memory_is_full_is_not_broken(said: str, statuses: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are healthy while they train."""
+    fake(tmp_path, "torch", "9.9")
+    (tmp_path / "torch.py").write_text(TORCH_ON_A_GPU.format(said))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    findings, build = torch_findings()
+    assert [finding.status for finding in findings] == statuses
+    assert [gpu["name"] for gpu in build.gpus] == ["H100"]
+
+
 H100 = TorchBuild("2.11.0+cu130", "13.0", ("sm_90",), [{"name": "H100", "capability": [9, 0]}])
 
 
