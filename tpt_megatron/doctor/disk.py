@@ -33,7 +33,11 @@ REPLACEMENTS = 200
 
 def disk_findings(path: Path, quick: bool) -> list[Finding]:
     """Return what is found about the disk of a folder; the folder is left as it was. quick: no speeds."""
-    if not path.is_dir():
+    try:
+        is_there = path.is_dir()
+    except OSError as error:  # above it, a folder that this user may not look into
+        return [problem("disk", f"{path}: {error.strerror or error}", "give this user the right to look there, or another --path")]
+    if not is_there:
         return [problem("disk", f"{path}: no such folder", f"mkdir -p {path}, or give another --path")]
     kind = _file_system(path)
     findings = [_space(path, kind)]

@@ -30,6 +30,12 @@ def findings_under(preparation: str, prefix: tuple[str, ...] = ()) -> dict[str, 
     return found
 
 
+def test_a_folder_that_cannot_be_looked_for_is_a_problem_and_no_traceback() -> None:
+    """A name that is too long stands here for a folder above it that is closed to this user: root finds none."""
+    (finding,) = disk_findings(Path("a" * 300), quick=True)
+    assert finding.status == "problem" and finding.found.endswith("a: File name too long")
+
+
 def test_few_open_files_are_a_warning_and_how_to_raise_them() -> None:
     assert findings_under("resource.setrlimit(resource.RLIMIT_NOFILE, (5000, 5000))")["open files"][0] == "ok"
     status, found, do = findings_under("resource.setrlimit(resource.RLIMIT_NOFILE, (256, 8000))")["open files"]
