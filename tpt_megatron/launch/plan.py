@@ -123,7 +123,9 @@ def _fp8_bytes(config: TrainConfig, held: HeldByRank) -> int:
         return 0
     rows = padded_vocabulary(config.model, config.parallel.tensor_parallel) * config.model.hidden_size // config.parallel.tensor_parallel
     last = config.parallel.pipeline_parallel - 1
-    ends = held.pipeline_stage == 0, held.pipeline_stage == last and (last > 0 or not config.model.tie_embeddings)  # a last stage has tied ones, too
+    is_last = held.pipeline_stage == last
+    # Layers for multi-token prediction, on the last stage, have an embedding there, too; and where embeddings are tied, a last stage has a copy.
+    ends = held.pipeline_stage == 0 or (is_last and config.model.mtp_layers > 0), is_last and (last > 0 or not config.model.tie_embeddings)
     return 2 * (held.parameters - rows * sum(ends))
 
 

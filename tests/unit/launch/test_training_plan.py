@@ -100,6 +100,15 @@ def test_fp8_weights_beside_bf16_ones_are_two_bytes_a_matrix_entry() -> None:
     assert both.activations.kept < plain.activations.kept, "inputs of matrix products are kept in one byte"
 
 
+def test_the_embedding_of_multi_token_prediction_on_the_last_stage_is_not_in_fp8() -> None:
+    config = run(model={"preset": "llama-3-8b", "mtp_layers": 1}, fp8="tensorwise", parallel={"pipeline_parallel": 2})
+    width = 4096
+    layer = (8_030_261_248 - 2 * 128_256 * width - width) // 32
+    first, last = (stage.fp8_bytes // 2 for stage in plan_training(config, 32, H100, mfu=0.4).stages)
+    assert first == 16 * layer
+    assert last == 17 * layer + 2 * width**2 + 3 * width + width, "one layer more, its product and three norms, and the last norm"
+
+
 @pytest.mark.parametrize(
     ("values", "world", "message"),
     [
