@@ -152,6 +152,7 @@ def test_a_transformer_engine_that_does_not_import_is_a_problem(tmp_path: Path, 
 
 
 def test_a_package_that_is_only_called_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "apex", raising=False)  # which mcore, once imported, hides
     assert apex_findings() == []
     (tmp_path / "apex.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
