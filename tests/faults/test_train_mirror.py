@@ -237,7 +237,7 @@ def test_a_signal_waits_for_the_mirror_and_what_is_not_kept_goes_there_too(tmp_p
     wait_until(process, lambda: len(complete(s3, mirror)) >= 1)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=300)
     assert "stopped by a signal after saving step" in said, said[-3000:]
     latest = int((run / "checkpoints" / TRACKER).read_text())
     assert s3.cat(f"{mirror}/{TRACKER}") == b"%d\n" % latest
