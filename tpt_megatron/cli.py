@@ -365,27 +365,31 @@ def plan(
     Exit code 2 when it is impossible, or does not fit. Nothing is trained, and no GPU needed.
     """
     from tpt_megatron.config.load import read_values
+    from tpt_megatron.config.stages import kind_to_plan
     from tpt_megatron.errors import UsageError
 
     if search and as_json:
         raise UsageError("--search and --json: give one of them; layouts are ranked in a table alone")
+    kind = kind_to_plan(read_values(config, overrides or ())[0])
+    if kind not in ("train", "experiment", "augment"):
+        raise UsageError(f"{config}: a config of tpt {kind} has nothing to plan; give one of tpt train, experiment or augment")
+    if kind != "train" and (search or as_json):
+        raise UsageError(f"--search and --json are for configs of tpt train, and {config} is one of tpt {kind}")
+    if kind == "augment":  # which has no use for torch
+        _plan_augment(config, [*(overrides or ()), f"cost.gpus={world_size}"])
+        return
     _require("torch", "megatron.core", "psutil", extra="train")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are simulated without one
     from tpt_megatron.launch import planning
     from tpt_megatron.launch.gpus import find_gpu
 
-    chip, kind = find_gpu(gpu), planning.kind_of(read_values(config, overrides or ())[0])
-    if kind != "train" and (search or as_json):
-        raise UsageError(f"--search and --json are for configs of tpt train, and {config} is one of tpt {kind}")
-    if kind == "augment":
-        _plan_augment(config, [*(overrides or ()), f"cost.gpus={world_size}"])
-        return
+    chip = find_gpu(gpu)
     if kind == "experiment":
         from tpt_megatron.config.experiment import ExperimentConfig
         from tpt_megatron.config.load import load_config
 
         training, planned, tables = planning.plan_arms(load_config(ExperimentConfig, config, overrides or ()), world_size, chip, mfu)
-    elif kind == "train":
+    else:
         training = planning.planned_run(config, overrides or ())
         if search:
             table, found = planning.plan_search(training, world_size, chip, mfu)
@@ -396,8 +400,6 @@ def plan(
         if as_json:
             print(planning.as_json(planned, chip))
             tables = []
-    else:
-        raise UsageError(f"{config}: a config of tpt {kind} has nothing to plan; give one of tpt train, experiment or augment")
     for table in tables:
         _print_table(table)
     planning.refuse_what_does_not_fit(training, planned, chip)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from tpt_megatron.config.load import Config, OneOrMore
 from tpt_megatron.config.records import InputFields, OnBadRecord
+from tpt_megatron.config.slurm import SlurmTime
 
 OutputFormat = Literal["parquet", "jsonl", "jsonl.zst"]
 
@@ -208,7 +209,7 @@ class Slurm(Config):
     """
 
     tasks: int = Field(ge=1)
-    time: str
+    time: SlurmTime
     partition: str
     logs: Path
     cpus_per_task: int = Field(4, ge=1)
@@ -217,13 +218,6 @@ class Slurm(Config):
     qos: str | None = None
     setup: str = ""
     sbatch: dict[str, str | int] = Field(default_factory=dict)
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _time_is_quoted(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError(f'YAML read a number, {value}; put the time in quotes: time: "24:00:00"')
-        return value
 
 
 class Cost(Config):

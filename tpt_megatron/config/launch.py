@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from tpt_megatron.config.load import Config
+from tpt_megatron.config.slurm import SlurmTime
 
 
 def _text(value: Any) -> Any:
@@ -61,19 +62,12 @@ class SlurmOptions(Config):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = None
+    time: SlurmTime | None = None
     cpus_per_task: PositiveInt | None = None
     setup: str = ""
     health_check: str | None = None
     max_requeues: int = Field(100, ge=0)
     sbatch: dict[str, Text] = Field(default={})
-
-    @field_validator("time", mode="before")
-    @classmethod
-    def _time_is_quoted(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            raise ValueError(f'YAML read a number, {value}; put the time in quotes: time: "24:00:00"')
-        return value
 
 
 class KubernetesOptions(Config):

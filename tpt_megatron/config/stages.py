@@ -30,3 +30,9 @@ def likely_stages(values: dict[str, Any]) -> list[str]:
     if isinstance(values.get("arms"), dict):
         unknown["preprocess"] += 1  # its arms are a list
     return [stage for stage, count in unknown.items() if count == min(unknown.values())]
+
+
+def kind_to_plan(values: dict[str, Any]) -> str:
+    """Return the stage that a config is of; train where its keys do not tell."""
+    likely = likely_stages(values)
+    return "train" if "train" in likely else likely[0]

@@ -6,13 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from tpt_megatron.config.experiment import ExperimentConfig
 from tpt_megatron.config.load import check_config, read_values
-from tpt_megatron.config.stages import likely_stages
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.experiment.plan import plan_experiment, train_config
@@ -24,12 +22,6 @@ from tpt_megatron.train.data import open_run_data, resolve_vocabulary
 
 NOT_YET = "not-there-yet"
 """Stands for what a recipe leaves to the user: what a run takes does not depend on it."""
-
-
-def kind_of(values: dict[str, Any]) -> str:
-    """Say which stage a config is of; train where its keys do not tell."""
-    likely = likely_stages(values)
-    return "train" if "train" in likely else likely[0]
 
 
 def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:

@@ -4,7 +4,7 @@
     LOGS/JOB/attempt_N/rank_R.log   what a rank said; attempts are counted over all starts
     LOGS/JOB/bad_nodes              nodes that did not pass the health check
 
-Made and seen with Slurm 22.05. The script's fixed part is slurm_train.sh.
+Made and seen with Slurm 22.05. The script's fixed part is slurm_common.sh and slurm_train.sh.
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ def train_script(job: Job) -> str:
         *(f"{name}=({shlex.join(words)})" for name, words in arrays.items()),
         "",
     ]
-    return "\n".join(lines) + (resources.files(__package__) / "slurm_train.sh").read_text(encoding="utf-8")
+    return "\n".join(lines) + fixed_part("slurm_train.sh")
+
+
+def fixed_part(name: str) -> str:
+    """Return what is the same in every script of a kind, after what is the same in all."""
+    return "".join((resources.files(__package__) / part).read_text(encoding="utf-8") for part in ("slurm_common.sh", name))
 
 
 def sbatch(script: str, logs: Path, options: Sequence[str] = ()) -> str:

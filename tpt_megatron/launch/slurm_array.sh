@@ -1,26 +1,14 @@
-# What follows is the same for every array; what it is given stands above.
-set -u
+# Of arrays: each task does its shard, again when it fails, and goes back to the queue when it was stopped.
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 start=${SLURM_RESTART_COUNT:-0} # how often the task went back to the queue
-say() { printf 'tpt launch: %s\n' "$*" >&2; }
 
 # Slurm signals this shell before the time limit; the work ends in good order, and the task goes back to the queue.
 child=
-signals=0
 hand_on() {
   signals=$((signals + 1))
   if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; fi
 }
 trap hand_on TERM
-wait_for() {
-  local before code
-  while true; do
-    before=$signals
-    wait "$1"
-    code=$?
-    [ "$signals" != "$before" ] || return "$code"
-  done
-}
 
 failures=0
 while true; do

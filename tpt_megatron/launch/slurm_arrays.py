@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from importlib import resources
 from pathlib import Path
 
 from tpt_megatron.augment import slurm as augment_slurm
@@ -16,7 +15,7 @@ from tpt_megatron.config.load import check_config
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.launch.job import Job
-from tpt_megatron.launch.slurm import UNEXPANDED, container_command, header, interpreter, logs_of, sbatch, step_options
+from tpt_megatron.launch.slurm import UNEXPANDED, container_command, fixed_part, header, interpreter, logs_of, sbatch, step_options
 
 
 def dry_run(job: Job) -> str:
@@ -54,7 +53,7 @@ def preprocess_script(job: Job) -> str:
         f"shards={count}",
         "",
     ]
-    return "\n".join(lines) + (resources.files(__package__) / "slurm_array.sh").read_text(encoding="utf-8")
+    return "\n".join(lines) + fixed_part("slurm_array.sh")
 
 
 def merge_script(job: Job) -> str:

@@ -1,15 +1,12 @@
-# What follows is the same for every job; what it is given stands above.
-set -u
+# Of training: one agent a node, again when ranks fail, and back to the queue when they were stopped.
 job=$SLURM_JOB_ID
 job_logs=$logs/$job
 start=${SLURM_RESTART_COUNT:-0} # how often the job went back to the queue
-say() { printf 'tpt launch: %s\n' "$*" >&2; }
 mkdir -p "$job_logs" || exit 1
 
 # SIGTERM to this shell alone, `scancel --batch --signal=TERM JOB`, is how a run is asked to end for good: its ranks save, and the job does not go
 # back to the queue. Where Slurm ends the whole job by itself (scancel, a preemption without grace), it comes too, and ranks have what is left.
 asked_to_end=no
-signals=0
 step_runs=no
 end_for_good() {
   signals=$((signals + 1))
@@ -19,17 +16,6 @@ end_for_good() {
   if [ "$step_runs" = yes ]; then scancel --signal=TERM "$job" 2>/dev/null; fi
 }
 trap end_for_good TERM
-
-# A trap runs only when the command in the foreground has ended; so commands run behind, and are waited for again after each signal.
-wait_for() {
-  local before code
-  while true; do
-    before=$signals
-    wait "$1"
-    code=$?
-    [ "$signals" != "$before" ] || return "$code"
-  done
-}
 
 requeue() {
   if [ "$asked_to_end" = yes ]; then

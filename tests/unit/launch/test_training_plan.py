@@ -12,11 +12,12 @@ import tpt_megatron.mcore  # noqa: F401 - before megatron
 from tests.support.train_runs import preprocess_corpus, write_train_config
 from tpt_megatron.config.experiment import ExperimentConfig
 from tpt_megatron.config.load import check_config, load_config, read_values, recipe_names
+from tpt_megatron.config.stages import kind_to_plan
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError, UsageError
 from tpt_megatron.launch.gpus import find_gpu
 from tpt_megatron.launch.plan import plan_training
-from tpt_megatron.launch.planning import kind_of, plan_arms, plan_search, planned_run, refuse_what_does_not_fit
+from tpt_megatron.launch.planning import plan_arms, plan_search, planned_run, refuse_what_does_not_fit
 from tpt_megatron.launch.search import candidates, search
 from tpt_megatron.mcore.model import count_parameters
 from tpt_megatron.mcore.simulation import simulate, simulate_stages
@@ -189,7 +190,7 @@ def test_no_layout_that_fits_is_said() -> None:
         plan_search(run(), 1, find_gpu("a100-40gb"), 0.4)
 
 
-RECIPES = {name: kind_of(read_values(name)[0]) for name in recipe_names()}
+RECIPES = {name: kind_to_plan(read_values(name)[0]) for name in recipe_names()}
 FITS = {"paper-pretrain-8b": 16, "paper-midtrain-7b": 16}
 """GPUs of 80 GB that a recipe says it fits on, where these are not 8."""
 
@@ -246,7 +247,7 @@ def test_every_recipe_is_known_by_its_keys() -> None:
     assert [name for name in RECIPES if RECIPES[name] == "experiment"] == ["demo-experiment", "paper-abundant-8b", "paper-constrained-8b"] + [
         f"paper-midtrain-{size}-arms" for size in ("1.5b", "3b", "7b")
     ]
-    assert kind_of({"models": {}, "reference": "a"}) == "losses" and kind_of({}) == kind_of({"optimizer": {}, "typo": 1}) == "train"
+    assert kind_to_plan({"models": {}, "reference": "a"}) == "losses" and kind_to_plan({}) == kind_to_plan({"optimizer": {}, "typo": 1}) == "train"
 
 
 def test_validation_data_need_not_be_there_where_training_data_are(tmp_path: Path) -> None:
@@ -280,3 +281,20 @@ def test_the_command_prints_tables_or_json_and_exits_with_2_where_it_does_not_fi
     both = tpt("--world-size", "32", "--search", "--json")
     assert both.returncode == 2 and both.stderr == "tpt: --search and --json: give one of them; layouts are ranked in a table alone\n"
     assert told["fits"] is False and told["stages"][0]["held"]["parameters"] == told["parameters"] == 8_030_261_248
+
+
+def test_an_augment_config_is_estimated_for_so_many_gpus_and_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "seven words that nobody has thought about"}\n' * 3)
+    values = {
+        "input": str(tmp_path / "in.jsonl"),
+        "output": str(tmp_path / "out"),
+        "generator": {"kind": "openai", "model": "m", "base_urls": "http://127.0.0.1:9/v1"},
+        "document_tokens": None,
+        "cost": {"tokens_per_second_per_gpu": 100, "thought_tokens": 6000},
+    }
+    (tmp_path / "augment.yaml").write_text(json.dumps(values))
+    code = "import sys; sys.modules['torch'] = None; from tpt_megatron.cli import app; app()"
+    command = [sys.executable, "-c", code, "plan", str(tmp_path / "augment.yaml"), "--world-size", "5"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "GPU-hours" in shown.stdout and "0.05" in shown.stdout, "3 documents x 6,000 tokens / 100 a second"
