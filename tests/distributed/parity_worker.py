@@ -2,9 +2,11 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from tpt_megatron.config.load import check_config
 from tpt_megatron.config.train import TrainConfig
@@ -16,15 +18,34 @@ VOCABULARY, SEQUENCE, GLOBAL_BATCH, KINDS = 250, 32, 8, 4
 WEIGHT_OF_DOCUMENT = 0.3
 
 
-def micro_batches(config: TrainConfig, rank: int, ranks: int) -> list[MicroBatch]:
-    """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate and weigh differently."""
+SUCCESSORS = np.random.default_rng(0).integers(0, VOCABULARY, (VOCABULARY, 4))
+"""Of each token in a chain: a model that has learnt them all has a loss of ln 4."""
+
+
+def micro_batches(config: TrainConfig, rank: int, ranks: int, first: int | None = None) -> list[MicroBatch]:
+    """This rank's sequences of a step: each is a function of its number alone. Two documents each, parts alternate and weigh differently.
+
+    first: the number of the step's first sequence, of a chain; None: the same eight of every step, to be learnt by heart.
+    """
     share, micro = GLOBAL_BATCH // ranks, config.micro_batch_sequences
-    return [micro_batch(config, range(first, first + micro)) for first in range(rank * share, (rank + 1) * share, micro)]
+    draw, begin = (by_heart, 0) if first is None else (chain, first)
+    return [micro_batch(config, range(at, at + micro), draw) for at in range(begin + rank * share, begin + (rank + 1) * share, micro)]
 
 
-def micro_batch(config: TrainConfig, numbers: range) -> MicroBatch:
-    # The same eight sequences every step, so that there is something to learn.
-    rows = np.stack([np.random.default_rng(number).integers(0, VOCABULARY, SEQUENCE + 1) for number in numbers])
+def by_heart(number: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(number).integers(0, VOCABULARY, SEQUENCE + 1)
+
+
+def chain(number: int) -> npt.NDArray[np.int64]:
+    generator = np.random.default_rng(number)
+    row = [int(generator.integers(0, VOCABULARY))]
+    for which in generator.integers(0, SUCCESSORS.shape[1], SEQUENCE):
+        row.append(int(SUCCESSORS[row[-1], which]))
+    return np.array(row)
+
+
+def micro_batch(config: TrainConfig, numbers: range, draw: Callable[[int], npt.NDArray[np.int64]]) -> MicroBatch:
+    rows = np.stack([draw(number) for number in numbers])
     places, number = np.arange(SEQUENCE), np.array(numbers)[:, None]
     parts = np.broadcast_to(places % 3 == 0, (len(numbers), SEQUENCE))
     return MicroBatch(
@@ -37,7 +58,7 @@ def micro_batch(config: TrainConfig, numbers: range) -> MicroBatch:
 
 
 def main() -> None:
-    """Read the job from argv[1]: config, load and save folders, steps; write the losses to its `output`."""
+    """Read the job from argv[1]: config, load and save folders, steps, and whether its data is a chain; write the losses to its `output`."""
     job = json.loads(Path(sys.argv[1]).read_text())
     config = check_config(TrainConfig, job["config"], "job")
     layout = groups.join(config.parallel)
@@ -50,7 +71,8 @@ def main() -> None:
             writer = CheckpointWriter(engine, Path(job["save"]))
             writer.save(step, {}, {})
             writer.wait()
-        batches = micro_batches(config, layout.data_parallel_rank, layout.data_parallel_size)
+        first = step * GLOBAL_BATCH if job.get("chain") else None
+        batches = micro_batches(config, layout.data_parallel_rank, layout.data_parallel_size, first)
         result = engine.train_step(batches, learning_rate=3e-3)
         by_kind = {f"loss_{kind}": result.losses.mean([kind]) for kind in range(KINDS)}
         lines.append({"step": step, "loss": result.losses.loss, **by_kind, "gradient_norm": result.gradient_norm})

@@ -106,6 +106,40 @@ def test_bf16_resumes_bit_for_bit(tmp_path: Path, reference: tuple[Path, list[di
     assert losses(tmp_path / "rest", config, load=str(tmp_path / f"saved/iter_{HALF:07d}"), first=HALF) == whole[HALF - 1 :]
 
 
+LONG, WINDOW = 200, 20
+LONG_BF16, LONG_FP8 = 0.05, 0.1
+"""How far means of WINDOW steps may be from those of a CPU in fp32: three times what a CPU in bf16 is (0.017, of losses that fall from 5.5 to 1.9), and six."""
+
+
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """fp32 on a CPU over sequences that are new in every step, by windows; from first weights that are saved."""
+    root = tmp_path_factory.mktemp("long-reference")
+    found = windows(losses(root / "job", job_config(steps=LONG), on_cpu=True, save=str(root), save_before=1, last=LONG, chain=True))
+    assert found[-1] < found[0] - 3
+    return root / "iter_0000001", found
+
+
+def windows(lines: list[dict[str, float]]) -> list[float]:
+    found = [line["loss"] for line in lines]
+    assert len(found) == LONG
+    return [sum(found[at : at + WINDOW]) / WINDOW for at in range(0, LONG, WINDOW)]
+
+
+def test_bf16_keeps_to_fp32_for_200_steps(tmp_path: Path, long_reference: tuple[Path, list[float]]) -> None:
+    initial, expected = long_reference
+    found = losses(tmp_path, job_config(precision="bf16", steps=LONG), load=str(initial), last=LONG, chain=True)
+    assert windows(found) == pytest.approx(expected, abs=LONG_BF16)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_keeps_to_fp32_for_200_steps(tmp_path: Path, long_reference: tuple[Path, list[float]], recipe: str) -> None:
+    initial, expected = long_reference
+    config = job_config(precision="bf16", fp8=recipe, steps=LONG)
+    found = recipe_or_skip(tmp_path, recipe, config, load=str(initial), last=LONG, chain=True)
+    assert windows(found) == pytest.approx(expected, abs=LONG_FP8)
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2+SP": {"tensor_parallel": 2, "sequence_parallel": True},
     "PP2": {"pipeline_parallel": 2},

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tpt_megatron.config.checkpoint import CheckpointConfig
 from tpt_megatron.config.data import DataConfig
+from tpt_megatron.config.fp8 import check_fp8_sizes
 from tpt_megatron.config.load import Config
 from tpt_megatron.config.model import ModelConfig
 from tpt_megatron.config.optimizer import OptimizerConfig
@@ -69,6 +70,8 @@ class TrainConfig(Config):
             raise ValueError("fp8_parameters=true needs parallel.distributed_optimizer=true, whose fp32 copies they are made from")
         if self.fp8_parameters and self.fp8 == "mxfp8" and self.parallel.overlap_param_gather:
             raise ValueError("fp8=mxfp8 with fp8_parameters=true is not supported with parallel.overlap_param_gather=true; set one of them to false")
+        if self.fp8 != "none":
+            check_fp8_sizes(self.fp8, self.model, self.parallel, self.micro_batch_sequences, self.data.sequence_length)
         if self.validate_every_steps and self.data.validation is None:
             raise ValueError("validate_every_steps is set but data.validation names no dataset")
         self._lengths_fit()

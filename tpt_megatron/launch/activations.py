@@ -17,7 +17,7 @@ class Activations:
     """Bytes of one rank at the moment when it has most.
 
     kept     by all micro-batches that are under way, for their backward passes
-    logits   of the last stage, and their gradient, of one micro-batch
+    logits   of the last stage, or what is made of them, of one micro-batch
     working  gradients inside one layer, and a layer that is computed anew, of one micro-batch
     """
 
@@ -120,7 +120,7 @@ def activations(config: TrainConfig, stage: int, micro_batches: int, *, on_cuda:
     if stage == pp - 1:
         outputs = 1 + model.mtp_layers
         padded = -(-model.vocab_size // model.vocab_divisor) * model.vocab_divisor / tp
-        logits = outputs * padded * 4 + (padded * width if on_cuda else 0)  # their softmax; and they, or their gradient, as they are multiplied
+        logits = outputs * padded * (width if on_cuda else 4)  # their gradient, in their place; their softmax
         ends += outputs * (h * width * (2 if on_cuda else 3) + 4 * h / model.hidden_size + 9)  # the last norm; labels, and which are this rank's
         ends += model.mtp_layers * (layer + (4 if on_cuda else 6) * h * width + 8)  # two norms, and their outputs side by side
     return Activations(int(tokens * (chunks * each + ends)), int(tokens * logits), int(tokens * working))

@@ -1,7 +1,7 @@
 """The only room that imports megatron and transformer_engine: how a step is computed, on CUDA and on CPU.
 
-Importing this room readies megatron-core for the machine: where there is no CUDA, `cpu.adapt` has run before any other
-module here is loaded, in this process and in every process that megatron-core spawns from it.
+Importing this room readies megatron-core for the machine: `cuda.adapt`, or `cpu.adapt` where there is none, has run before any
+other module here is loaded, in this process and in every process that megatron-core spawns from it.
 """
 
 import logging
@@ -21,10 +21,9 @@ with warnings.catch_warnings():
             sys.modules[name] = None  # type: ignore[assignment]  # whoever imports it is told that it is missing
     import megatron.core  # noqa: F401 - first, so that its warnings stay here
 
-    if not torch.cuda.is_available():
-        from tpt_megatron.mcore import cpu
+    from tpt_megatron.mcore import cpu, cuda
 
-        cpu.adapt()
+    (cuda if torch.cuda.is_available() else cpu).adapt()
 
 # Notes on calls that megatron-core and torch make of each other: nothing a user could mend.
 for module in (r"megatron\.core\.", r"torch\.distributed\."):

@@ -6,8 +6,11 @@ Equal to the local path within rounding; faster, and without the [b, heads, s, s
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -99,15 +102,14 @@ def attention_mask(document_bs: torch.Tensor | None, sequence_length: int) -> to
     return allowed[:, None]
 
 
-def packed_documents(document_bs: torch.Tensor, device: torch.device) -> PackedSeqParams:
+def packed_documents(document_bs: npt.NDArray[np.int32], put: Callable[[npt.NDArray[np.int32]], torch.Tensor]) -> PackedSeqParams:
     """Return where documents begin in the rows of [b, s] laid end to end, for Transformer Engine's attention over sequences of varying length.
 
-    A document does not reach from one row into the next. Positions begin anew with each. document_bs is on the CPU, so that finding
-    the bounds does not wait for the GPU; they are put on `device`.
+    A document does not reach from one row into the next. Positions begin anew with each. The bounds are found on
+    the CPU, without waiting for the GPU; `put` returns them where attention is computed.
     """
-    first = torch.ones_like(document_bs, dtype=torch.bool)
+    first = np.ones(document_bs.shape, np.bool_)
     first[:, 1:] = document_bs[:, 1:] != document_bs[:, :-1]
-    bounds = torch.cat((first.flatten().nonzero().flatten(), torch.tensor([document_bs.numel()]))).to(torch.int32)
-    longest = int(bounds.diff().max())
-    bounds = bounds.to(device)
+    found = np.append(np.flatnonzero(first), document_bs.size).astype(np.int32)
+    longest, bounds = int(np.diff(found).max()), put(found)
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)

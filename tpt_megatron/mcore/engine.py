@@ -80,6 +80,11 @@ class StepResult:
     updated: bool
 
 
+def _weighed(batch: MicroBatch) -> npt.NDArray[np.float64]:
+    """Return [2], how many labels count, and the sum of their weights."""
+    return np.array([np.count_nonzero(batch.weights), batch.weights.sum(dtype=np.float64)])
+
+
 def _always(loss: float, gradient_norm: float) -> bool:
     return True
 
@@ -120,7 +125,7 @@ class Engine:
         core.finalize_model_grads_func = finalize_model_grads
         if parallel.overlap_grad_reduce:
             core.no_sync_func = [chunk.no_sync for chunk in self.model] if len(self.model) > 1 else self.model[0].no_sync
-        self._weight_scale = 1.0
+        self._weight_scale: float | torch.Tensor = 1.0
         self._is_packed = torch.cuda.is_available() and config.data.attention == "document"
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -190,19 +195,22 @@ class Engine:
             if chunk.training != training:  # it walks through all modules, which a small model's step notices
                 chunk.train(training)
 
-    def _tokens_per_weight(self, batches: Sequence[MicroBatch]) -> float:
+    def _tokens_per_weight(self, batches: Sequence[MicroBatch]) -> float | torch.Tensor:
         """Return the number of labels that count, over the sum of their weights, in the whole step: 1 where every weight is 0 or 1.
 
         megatron-core divides the sum of losses by a whole number of tokens; with losses multiplied by this, that makes their mean by weight.
+        An fp32 scalar on the GPU, so that the host need not wait for the last step's update there.
         """
         if not self._config.data.has_uneven_weights:
             return 1.0
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for batch in batches:
-            sums += torch.tensor([float((batch.weights > 0).sum()), float(batch.weights.sum(dtype=np.float64))], device=self._device)
+        sums = self._put(np.sum([_weighed(batch) for batch in batches], axis=0))
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        counted, weights = sums.tolist()
-        return counted / weights if weights else 1.0
+        return torch.where(sums[1] > 0, sums[0] / sums[1], 1.0).float()
+
+    def _put(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """Return an array on this rank's device. From pinned memory: from any other the host waits until the GPU has done what it was given before."""
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _forward_backward(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> LossSums:
         reports = get_forward_backward_func()(
@@ -225,23 +233,18 @@ class Engine:
 
     def _forward(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-
-        def mine(array: npt.NDArray[Any]) -> torch.Tensor:
-            return on_this_context_rank(torch.from_numpy(array).to(self._device, non_blocking=True))
-
-        tokens, labels, weights, kinds = (mine(array) for array in (batch.tokens, batch.labels, batch.weights, batch.kinds))
-        documents = None if batch.documents is None else torch.from_numpy(batch.documents)
+        tokens, labels, weights, kinds = (on_this_context_rank(self._put(array)) for array in (batch.tokens, batch.labels, batch.weights, batch.kinds))
         length = batch.tokens.shape[1]
         positions = on_this_context_rank(torch.arange(length, device=self._device)[None]).expand_as(tokens)
         mask = packed = None
         if self._is_packed:
-            assert documents is not None
-            packed = packed_documents(documents, self._device)
+            assert batch.documents is not None
+            packed = packed_documents(batch.documents, self._put)
             tokens, labels, weights, kinds, positions = (tensor.reshape(1, -1) for tensor in (tokens, labels, weights, kinds, positions))
         elif self._device.type == "cpu":
-            mask = attention_mask(documents, length)
+            mask = attention_mask(None if batch.documents is None else torch.from_numpy(batch.documents), length)
         else:
-            assert documents is None  # Transformer Engine's attention is causal by itself, over the whole sequence
+            assert batch.documents is None  # Transformer Engine's attention is causal by itself, over the whole sequence
         with self._around_forward():
             output = model(tokens, positions, mask, labels=labels, loss_mask=weights, packed_seq_params=packed)
         return output, partial(self._sum_losses, weights, kinds)

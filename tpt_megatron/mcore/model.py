@@ -45,8 +45,25 @@ class PaddedGPTModel(GPTModel):  # type: ignore[misc]
         rows = logits.size(-1)
         first_padded = max(0, self.real_vocabulary - parallel_state.get_tensor_model_parallel_rank() * rows)
         if first_padded < rows:
-            logits.detach()[..., first_padded:] = -math.inf  # a probability of 0, and so no gradient
+            # A probability of 0, and so no gradient. Not -inf, of which Transformer Engine's kernel makes nan where all rows of a rank are padding.
+            logits.detach()[..., first_padded:] = torch.finfo(logits.dtype).min
+        if logits.is_cuda:
+            return fused_cross_entropy(labels, logits)
         return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
+
+
+def fused_cross_entropy(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the losses [b, s], fp32, of labels [b, s] and logits [s, b, padded vocabulary/tp] on CUDA. The logits are overwritten by their gradient.
+
+    It is Transformer Engine's kernel. megatron-core's own makes fp32 copies of the logits; and its way of calling this one has the host wait for the
+    GPU in every backward pass, to see whether the loss's gradient is 1.
+    """
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    # In one dimension: the kernel goes by strides, and that of a dimension of one micro-batch may be anything.
+    rows, labels = logits.flatten(0, 1)[None], labels.t().flatten()
+    losses: torch.Tensor = parallel_cross_entropy(rows, labels, dist_process_group=parallel_state.get_tensor_model_parallel_group(), is_cg_capturable=True)
+    return losses.view(logits.shape[:2]).t().contiguous()
 
 
 def transformer_config(config: TrainConfig) -> TransformerConfig:
@@ -95,11 +112,11 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         **_fp8_settings(config),
         mtp_num_layers=model.mtp_layers or None,
         mtp_loss_scaling_factor=model.mtp_loss_weight,
-        # megatron-core's fusions are CUDA kernels; on a CPU cpu_kernels.py has the last two.
+        # megatron-core's fusions are CUDA kernels; on a CPU cpu_kernels.py has the last two. The loss's is in PaddedGPTModel.
         masked_softmax_fusion=on_cuda,
         apply_rope_fusion=on_cuda,
         bias_activation_fusion=on_cuda or model.experts is None,
-        gradient_accumulation_fusion=not on_cuda,
+        gradient_accumulation_fusion=True,
         persist_layer_norm=False,
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from tpt_megatron.log import Bar, progress_bar
 from tpt_megatron.mcore import groups
 from tpt_megatron.mcore.engine import Engine, MicroBatch
 from tpt_megatron.mcore.model import count_parameters
+from tpt_megatron.train.ahead import ReadAhead
 from tpt_megatron.train.data import Batches, RunData, open_run_data, resolve_vocabulary, step_batches
 from tpt_megatron.train.guard import StepGuard
 from tpt_megatron.train.lock import alone_in
@@ -68,6 +70,7 @@ class Run:
         self._rollbacks = 0
         self._saved_in_s = 0.0
         self._speed = Speed(self._config, layout.world_size)
+        self._ahead = ReadAhead(partial(self._batches, self._data.train))
 
     def train(self) -> None:
         """Take every step that is left, measuring, validating and saving on the way."""
@@ -86,6 +89,8 @@ class Run:
         with ExitStack() as stack:
             stack.callback(self._saving.close)
             stack.enter_context(self._stragglers)
+            stack.enter_context(self._ahead)
+            stack.enter_context(old_objects_left_alone())
             metrics = stack.enter_context(MetricsFile(config.run_dir / "metrics.jsonl" if rank_0 else None, self._position.step))
             trackers = stack.enter_context(Trackers(config.watch if rank_0 else WatchConfig(), config.run_dir, self._position.step, description))
             profiler = stack.enter_context(StepProfiler(config.watch.profile, config.run_dir / "profile", layout.rank))
@@ -125,8 +130,10 @@ class Run:
         config, kinds = self._config, self._data.kinds
         began = time.perf_counter()
         rate, first = learning_rate(config, step), self._first_sequence(step)
-        batches = self._batches(self._data.train, first, config.progress.batch(step))
+        batches = self._ahead.take(first, config.progress.batch(step))
         data_seconds = time.perf_counter() - began
+        if step < config.last_step:
+            self._ahead.begin(self._first_sequence(step + 1), config.progress.batch(step + 1))
         result = self._engine.train_step(batches, rate, self._guard.accept)
         seconds, tokens = time.perf_counter() - began, kinds.tokens(result.losses)
         self._position.step = step
@@ -193,6 +200,7 @@ class Run:
         if self._layout.rank != 0:
             return
         log.warning("step %d is not learned from: %s; its documents are in %s", line["step"], line["skipped"], self._config.run_dir / SKIPPED)
+        self._ahead.wait()
         documents = [asdict(seen) for seen in self._data.train.stream.documents(sequences)]
         record = {"step": line["step"], "reason": line["skipped"], "sequences": [sequences.start, sequences.stop], "documents": documents}
         with open(self._config.run_dir / SKIPPED, "ab") as file:
@@ -267,6 +275,17 @@ class Run:
         }
         write_json(path, description)
         return description
+
+
+@contextmanager
+def old_objects_left_alone() -> Iterator[None]:
+    """Leave what there is now out of Python's garbage collections: it is half a million objects, whose every visit takes a rank tenths of a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _changes(before: Any, after: Any, key: str = "") -> Iterator[str]:

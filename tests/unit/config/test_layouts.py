@@ -96,3 +96,50 @@ def test_fp8_goes_over_bf16_and_its_parameters_are_made_from_fp32(parallel: dict
         config(SHAPE, parallel, **{"precision": "bf16"} | changes)
     assert says in str(refused.value)
     config(SHAPE, OVERLAPPED, precision="bf16", fp8="delayed", fp8_parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "parallel", "others", "says"),
+    [
+        ("tensorwise", {"hidden_size": 72}, {}, {}, "multiples of 16, which model.hidden_size=72 is not; the nearest: 64 or 80"),
+        ("mxfp8", {}, {}, {}, "fp8=mxfp8 multiplies matrices whose sizes are multiples of 32, which model.hidden_size=48 is not; the nearest: 32 or 64"),
+        (
+            "delayed",
+            {"ffn_hidden_size": 144},
+            {"tensor_parallel": 2},
+            {},
+            "multiples of 16, which model.num_heads=12 x model.head_dim=4 / parallel.tensor_parallel=2 = 24 is not; the nearest: 16 or 32",
+        ),
+        ("blockwise", {"ffn_hidden_size": 100}, {}, {}, "which model.ffn_hidden_size=100 is not; the nearest: 96 or 112"),
+        ("blockwise", {"experts": EXPERTS}, {}, {}, "which model.experts.ffn_hidden_size=30 is not; the nearest: 16 or 32"),
+        (
+            "tensorwise",
+            {},
+            {"context_parallel": 4},
+            {"micro_batch_sequences": 1},
+            "which micro_batch_sequences=1 x data.sequence_length=32 / parallel.context_parallel=4 = 8 is not; the nearest: 16",
+        ),
+        (
+            "blockwise",
+            {"hidden_size": 128, "num_heads": 8, "num_query_groups": 4},
+            {"tensor_parallel": 2, "sequence_parallel": True},
+            {"micro_batch_sequences": 2},
+            "fp8=blockwise with parallel.sequence_parallel gathers tensors whose sizes are multiples of 128, which "
+            "micro_batch_sequences=2 x data.sequence_length=32 / parallel.tensor_parallel=2 = 32 is not; the nearest: 128",
+        ),
+    ],
+)
+def test_sizes_that_fp8_has_no_matrix_products_for_are_refused(
+    recipe: str, model: dict[str, Any], parallel: dict[str, Any], others: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config(SHAPE | model, parallel, precision="bf16", fp8=recipe, **others)
+    assert says in str(refused.value)
+    config(SHAPE | model, parallel, precision="bf16", **others)
+
+
+@pytest.mark.parametrize("preset", ["llama-3-8b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_presets_have_sizes_for_fp8_in_usual_layouts(preset: str, recipe: str) -> None:
+    data = {"train": "d", "sequence_length": 8192}
+    config(preset, {"tensor_parallel": 4, "sequence_parallel": True, "context_parallel": 2}, precision="bf16", fp8=recipe, data=data)

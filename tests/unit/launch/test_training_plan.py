@@ -58,7 +58,7 @@ def test_8b_on_32_is_its_parameters_in_full_and_a_part_of_the_optimizer() -> Non
     assert plan.flops_a_token == pytest.approx(51.47e9, rel=1e-3)
     assert plan.seconds == pytest.approx(51.47e9 * 100 * 512 * 8192 / (32 * 989.4e12 * 0.5), rel=1e-3)
     assert plan.gpu_hours == pytest.approx((plan.seconds or 0) * 32 / 3600)
-    with pytest.raises(ConfigError, match=r"DP32 does not fit: pipeline stage 0 needs GPUs of 97\.8 GB, and an H100 has 78\.7 GB for it; --search"):
+    with pytest.raises(ConfigError, match=r"DP32 does not fit: pipeline stage 0 needs GPUs of 93\.6 GB, and an H100 has 78\.7 GB for it; --search"):
         refuse_what_does_not_fit(config, plan, H100)
     refuse_what_does_not_fit(config, plan, find_gpu("H200"))
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,6 @@ def test_context_ranks_hold_each_token_once_and_see_what_one_rank_sees(monkeypat
 
 
 def test_packed_documents_begin_where_the_number_changes_and_with_each_row() -> None:
-    packed = packed_documents(torch.tensor([[3, 3, 7, 7], [7, 7, 7, 2]]), torch.device("cpu"))
+    packed = packed_documents(np.array([[3, 3, 7, 7], [7, 7, 7, 2]], np.int32), torch.from_numpy)
     assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 2, 4, 7, 8]
     assert packed.max_seqlen_q == packed.max_seqlen_kv == 3
