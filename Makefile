@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help demo test test-fast test-cluster lint types imports format clean
 
 help: ## list what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # The stamp is newer than what the environment was made from: a second run re-uses it.
 .venv/ready: pyproject.toml constraints.txt

@@ -153,9 +153,12 @@ def inspect(
     """Show what a token dataset holds: counts by part and source, lengths, and its first documents. Or record files, a model, or what a step saw."""
     from rich.console import Console
 
+    from tpt_megatron.errors import UsageError
+
+    if not path:
+        raise UsageError("PATH is empty; give a dataset, records, a run, a checkpoint or a model folder (. is this one)")
     console = Console(width=None if sys.stdout.isatty() else 160)
     if step is not None:
-        from tpt_megatron.errors import UsageError
         from tpt_megatron.inspection.step import print_step
 
         if plot is not None or verify:
@@ -354,7 +357,7 @@ def experiment(
 def plan(
     config: ConfigName,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option("--world-size", min=1, metavar="N", help="GPUs, all nodes together.")] = 8,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, max=100_000, metavar="N", help="GPUs, all nodes together.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h100-nvl, h200, a100 or a100-40gb.")] = "h100",
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="The model FLOP/s utilisation that time is reckoned with.")] = 0.4,
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts that fit, and print the overrides of the first one.")] = False,
@@ -366,6 +369,7 @@ def plan(
     """
     from tpt_megatron.config.load import read_values
     from tpt_megatron.config.stages import kind_to_plan
+    from tpt_megatron.config.train import TrainConfig
     from tpt_megatron.errors import UsageError
 
     if search and as_json:
@@ -378,19 +382,24 @@ def plan(
     if kind == "augment":  # which has no use for torch
         _plan_augment(config, [*(overrides or ()), f"cost.gpus={world_size}"])
         return
+    from tpt_megatron.config.experiment import ExperimentConfig
+    from tpt_megatron.config.load import load_config
+    from tpt_megatron.launch.gpus import find_gpu
+    from tpt_megatron.launch.planned import planned_config
+
+    # All that can be said without torch comes first.
+    chip = find_gpu(gpu)
+    wanted = load_config(ExperimentConfig, config, overrides or ()) if kind == "experiment" else planned_config(config, overrides or ())
+    if isinstance(wanted, TrainConfig) and not search:
+        wanted.check_world(world_size)
     _require("torch", "megatron.core", "psutil", extra="train")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are simulated without one
     from tpt_megatron.launch import planning
-    from tpt_megatron.launch.gpus import find_gpu
 
-    chip = find_gpu(gpu)
-    if kind == "experiment":
-        from tpt_megatron.config.experiment import ExperimentConfig
-        from tpt_megatron.config.load import load_config
-
-        training, planned, tables = planning.plan_arms(load_config(ExperimentConfig, config, overrides or ()), world_size, chip, mfu)
+    if isinstance(wanted, ExperimentConfig):
+        training, planned, tables = planning.plan_arms(wanted, world_size, chip, mfu)
     else:
-        training = planning.planned_run(config, overrides or ())
+        training = planning.with_data(wanted)
         if search:
             table, found = planning.plan_search(training, world_size, chip, mfu)
             _print_table(table)
@@ -483,7 +492,7 @@ def _print_counts(title: str, counts: dict[str, int]) -> None:
 
 
 def _require(*modules: str, extra: str) -> None:
-    """Raise MachineError when a package that the command needs is not installed. Imports nothing."""
+    """Raise MachineError when a package that the command needs is not installed, or when torch, which takes more than that, does not import."""
     from importlib.util import find_spec
 
     from tpt_megatron.errors import MachineError
@@ -497,6 +506,11 @@ def _require(*modules: str, extra: str) -> None:
     absent = [module for module in modules if missing(module)]
     if absent:
         raise MachineError(f"this command needs {', '.join(absent)}, which is not installed; run: pip install 'tpt-megatron[{extra}]'")
+    if "torch" in modules:
+        try:
+            import torch  # noqa: F401
+        except (ImportError, OSError) as error:  # OSError: a library of its does not load
+            raise MachineError(f"torch is installed but does not import: {error}; `tpt doctor` says what is missing") from None
 
 
 if __name__ == "__main__":

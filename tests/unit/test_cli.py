@@ -1,10 +1,15 @@
 """The command line as a user meets it: a real process for every case."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.train_runs import preprocess_corpus, write_train_config
+
+ROOT = Path(__file__).parents[2]
 
 TRAIN = """
 run_dir: {folder}/run
@@ -16,8 +21,9 @@ global_batch_sequences: 2
 """
 
 
-def tpt(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "tpt_megatron.cli", *arguments], capture_output=True, text=True, check=False, timeout=120)
+def tpt(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tpt_megatron.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **variables})
 
 
 def test_importing_the_command_line_loads_no_torch() -> None:
@@ -92,6 +98,33 @@ def test_a_missing_dataset_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert "nothing.idx: no such file" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "blocker").touch()
+    preprocess_corpus(tmp_path)
+    config = write_train_config(tmp_path, tmp_path, steps=2, run_dir=str(tmp_path / "blocker"))
+    ended = tpt("train", str(config))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == f"tpt: run_dir={tmp_path}/blocker: no folder can be made there (File exists); give another run_dir"
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_torch_that_does_not_import_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    config = tmp_path / "train.yaml"
+    config.write_text(TRAIN.format(folder=tmp_path))
+    for command in ("train", "plan"):
+        ended = tpt(command, str(config), *(["--world-size", "1", "model.vocab_size=9"] if command == "plan" else []), PYTHONPATH=f"{tmp_path}:{ROOT}")
+        assert ended.returncode == 1
+        says = "tpt: torch is installed but does not import: libcudart.so.13: cannot open shared object file; `tpt doctor` says what is missing\n"
+        assert ended.stderr == says
+
+
+def test_inspect_does_not_take_nothing_for_this_folder() -> None:
+    ended = tpt("inspect", "")
+    assert ended.returncode == 2
+    assert "PATH is empty" in ended.stderr
 
 
 def test_a_config_that_is_not_there_names_the_recipes() -> None:

@@ -33,6 +33,20 @@ def _tuple_of_one(value: Any) -> Any:
 OneOrMore = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_one)]
 """A list of strings, or one string, which stands for a list of one."""
 
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands here a second time", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 SomeConfig = TypeVar("SomeConfig", bound=Config)
 
 
@@ -49,11 +63,13 @@ def read_values(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any
     """Return what a YAML file or a recipe says, with overrides, unchecked; and where it stands, for messages. ConfigError as `load_config`."""
     text, origin = read_config(name)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-99-99 looks like a date
         mark = getattr(error, "problem_mark", None)
         place = f"{origin}:{mark.line + 1}" if mark else origin
         raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if values is None and not overrides:
+        raise ConfigError(f"{origin}: the file has no keys")
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: a config is a mapping of keys to values, found a {type(values).__name__}")
@@ -78,7 +94,11 @@ def recipe_names() -> list[str]:
 
 def read_config(name: str) -> tuple[str, str]:
     """Return the text of a YAML file or a recipe, and where it stands. ConfigError when there is none."""
+    if not name:
+        raise ConfigError("the config's name is empty; give a YAML file or a recipe")
     path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"{name}: a folder, and no config file")
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8"), name
@@ -137,7 +157,7 @@ def _keys_at(kind: type[BaseModel], location: Sequence[int | str]) -> list[str]:
         if isinstance(part, str) and not inner:  # a union's tag
             tagged = [candidate for candidate in candidates if part in _tags(candidate)]
             candidates = tagged or candidates
-    return sorted({name for candidate in candidates for name in candidate.model_fields})
+    return sorted({name for candidate in candidates for name in (*candidate.model_fields, *getattr(candidate, "further_keys", ()))})
 
 
 def _tags(candidate: type[BaseModel]) -> tuple[Any, ...]:

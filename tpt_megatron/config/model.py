@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -60,6 +60,8 @@ class ModelConfig(Config):
                           is in the gradients, not in the reported loss
     init_std              the normal distribution's standard deviation for every matrix; embedding_init_std, when given, for the embedding alone
     """
+
+    further_keys: ClassVar = ("preset",)
 
     num_layers: PositiveInt
     hidden_size: PositiveInt

@@ -37,6 +37,10 @@ def disk_findings(path: Path, quick: bool) -> list[Finding]:
         is_there = path.is_dir()
     except OSError as error:  # above it, a folder that this user may not look into
         return [problem("disk", f"{path}: {error.strerror or error}", "give this user the right to look there, or another --path")]
+    if path.exists() and not is_there:
+        return [problem("disk", f"{path}: not a folder", "give --path the folder that runs and data are to be in")]
+    if not is_there and ":" in path.parts[0]:
+        return [problem("disk", f"{path}: an address, and not a folder of this machine", "give --path a folder of this machine's")]
     if not is_there:
         return [problem("disk", f"{path}: no such folder", f"mkdir -p {path}, or give another --path")]
     kind = _file_system(path)
@@ -48,12 +52,9 @@ def disk_findings(path: Path, quick: bool) -> list[Finding]:
             if not quick:
                 findings += _speeds(folder, path)
     except OSError as error:
-        do = (
-            "make room there, or give another --path"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else "give this user the right to write there, or another --path"
-        )
-        findings.append(problem("disk", f"{path}: {error.strerror or error}", do))
+        full, read_only = error.errno in (errno.ENOSPC, errno.EDQUOT), error.errno == errno.EROFS
+        do = "make room there" if full else "mount it so that it can be written to" if read_only else "give this user the right to write there"
+        findings.append(problem("disk", f"{path}: {error.strerror or error}", f"{do}, or give another --path"))
     return findings
 
 

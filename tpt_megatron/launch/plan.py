@@ -86,9 +86,9 @@ def plan_training(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) ->
     check_supported_on_cuda(config)
     gpu.check_fp8(config.fp8)
     padded_vocabulary(config.model, config.parallel.tensor_parallel)
+    config.check_world(world_size)
     held = simulate_stages(config, world_size)
     data_parallel = world_size // config.parallel.model_ranks
-    config.check_batches(data_parallel)
     micro_batches = config.global_batch_sequences // (config.micro_batch_sequences * data_parallel)
     pp, chunks = config.parallel.pipeline_parallel, config.parallel.virtual_pipeline
     steps = None if config.epochs is not None else config.last_step

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
 from tpt_megatron.config.experiment import ExperimentConfig
-from tpt_megatron.config.load import check_config, read_values
 from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.experiment.plan import plan_experiment, train_config
@@ -19,27 +18,6 @@ from tpt_megatron.launch.plan import TrainingPlan, plan_training
 from tpt_megatron.launch.printing import experiment_table, layout_text, memory_table, overrides_of, run_table, search_table
 from tpt_megatron.launch.search import search
 from tpt_megatron.train.data import open_run_data, resolve_vocabulary
-
-NOT_YET = "not-there-yet"
-"""Stands for what a recipe leaves to the user: what a run takes does not depend on it."""
-
-
-def planned_run(name: str, overrides: Sequence[str]) -> TrainConfig:
-    """Return the training config of a file or recipe, its vocabulary and length taken from its data where these are there.
-
-    A recipe that leaves run folder, data or the checkpoint to start from to the user is one, too.
-    """
-    values, origin = read_values(name, overrides)
-    values.setdefault("run_dir", NOT_YET)
-    data, checkpoint = values.setdefault("data", {}), values.get("checkpoint")
-    if isinstance(data, dict):
-        if not {"train", "stages"} & data.keys():
-            data["train"] = NOT_YET
-        if values.get("validate_every_steps"):
-            data.setdefault("validation", NOT_YET)
-    if isinstance(checkpoint, dict) and "load" in checkpoint:
-        checkpoint.setdefault("load_from", NOT_YET)
-    return with_data(check_config(TrainConfig, values, origin))
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
@@ -79,6 +57,11 @@ def plan_search(config: TrainConfig, world_size: int, gpu: Gpu, mfu: float) -> t
         raise ConfigError("model.vocab_size=0 takes the dataset's, which is not there yet; give model.vocab_size, or data.train that exists")
     gpu.check_fp8(config.fp8)
     found, possible = search(config, world_size, gpu, mfu)
+    if not possible:
+        raise ConfigError(
+            f"no layout of this model is possible on {world_size} GPU(s) with global_batch_sequences={config.global_batch_sequences}: data-parallel ranks must "
+            f"divide the batch, and layers, heads and tokens the rest; try powers of two"
+        )
     if not found:
         raise ConfigError(f"no layout of this model fits on {world_size} x {gpu.name}, of {possible} that are possible; give it more GPUs, or larger ones")
     return search_table(found, possible, world_size, gpu), overrides_of(found[0].config)

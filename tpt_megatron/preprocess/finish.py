@@ -125,7 +125,8 @@ def finish(
         for split, found in by_split.items():
             if not found["documents"]:
                 read = f"{counts['lines_read']} lines read, {counts['bad_records']} bad, {counts['blank_lines']} blank"
-                hint = f"; change validation_fraction={config.validation_fraction}" if counts["records"] > chosen["documents_dropped"] else ""
+                change = "raise" if split == "validation" else "lower"
+                hint = f"; {change} validation_fraction={config.validation_fraction}" if counts["records"] > chosen["documents_dropped"] else ""
                 hint += f"; {chosen['documents_dropped']} were dropped, since none of their thoughts stayed" if chosen["documents_dropped"] else ""
                 raise DataError(f"{config.output}: no document for {split} ({read}){hint}")
         assert counts["lines_read"] == counts["records"] + counts["bad_records"] + counts["blank_lines"]

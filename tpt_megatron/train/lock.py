@@ -35,7 +35,10 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir}: no folder can be made there ({error.strerror}); give another run_dir") from None
     with open(run_dir / LOCK, "ab") as file:
         until = time.monotonic() + PATIENCE_S
         while not _is_taken(file.fileno(), run_dir):

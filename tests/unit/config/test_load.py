@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from tpt_megatron.config.augment import AugmentConfig, FieldGenerator, WorkedGenerator
-from tpt_megatron.config.load import load_config
+from tpt_megatron.config.load import load_config, read_values
 from tpt_megatron.config.preprocess import PreprocessConfig
+from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError
 
 GOOD = "input: a.jsonl\noutput: out\ngenerator: {kind: field, field: thought}\n"
@@ -43,6 +44,10 @@ def test_overrides_are_yaml_with_dotted_names_and_the_last_wins(tmp_path: Path) 
         (GOOD, ("generator.kind=magic",), "magic"),
         ("a: [\n", (), "augment.yaml:2: not valid YAML"),
         ("- a\n", (), "found a list"),
+        ("", (), "augment.yaml: the file has no keys"),
+        ("# nothing\n", (), "augment.yaml: the file has no keys"),
+        ("input: a\noutput: b\ninput: c\n", (), "augment.yaml:3: not valid YAML: the key 'input' stands here a second time"),
+        ("input: a\ngenerator: {kind: worked, kind: replay}\n", (), "augment.yaml:2: not valid YAML: the key 'kind' stands here a second time"),
         (GOOD, ("output",), "not of the form key=value"),
         (GOOD, ("input.a=3",), "input is a value, not a group of keys"),
     ],
@@ -58,6 +63,10 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path: Path, text: str, ove
 def test_a_missing_file_and_bad_encoding_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(AugmentConfig, str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match=": a folder, and no config file"):
+        load_config(AugmentConfig, str(tmp_path))
+    with pytest.raises(ConfigError, match="the config's name is empty; give a YAML file or a recipe"):
+        load_config(AugmentConfig, "")
     (tmp_path / "latin.yaml").write_bytes(b"input: \xe9\n")
     with pytest.raises(ConfigError, match="not valid UTF-8 at byte 7"):
         load_config(AugmentConfig, str(tmp_path / "latin.yaml"))
@@ -70,3 +79,15 @@ def test_impossible_preprocess_settings_are_refused(tmp_path: Path, override: st
     assert load_config(PreprocessConfig, str(path)).arms == ("vanilla", "append")
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load_config(PreprocessConfig, str(path), [override])
+
+
+def test_a_preset_is_among_the_keys_that_a_model_may_have(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("model: {num_heds: 4}\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.num_heds'; allowed here: .*\bpreset\b"):
+        load_config(TrainConfig, str(tmp_path / "train.yaml"))
+
+
+def test_yaml_may_merge_keys_that_it_also_gives(tmp_path: Path) -> None:
+    (tmp_path / "any.yaml").write_text("shared: &shared {x: 1, y: 2}\nmine: {<<: *shared, y: 3}\n")
+    values, _ = read_values(str(tmp_path / "any.yaml"))
+    assert values["mine"] == {"x": 1, "y": 3}

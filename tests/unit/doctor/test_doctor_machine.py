@@ -105,8 +105,20 @@ def test_a_disk_without_room_for_files_is_a_problem(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_or_closed_is_a_problem(tmp_path: Path) -> None:
     (absent,) = disk_findings(tmp_path / "absent", quick=True)
     assert (absent.status, absent.do) == ("problem", f"mkdir -p {tmp_path / 'absent'}, or give another --path")
+    (tmp_path / "file").touch()
+    (a_file,) = disk_findings(tmp_path / "file", quick=True)
+    assert (a_file.found, a_file.do) == (f"{tmp_path / 'file'}: not a folder", "give --path the folder that runs and data are to be in")
+    (address,) = disk_findings(Path("s3://bucket/x"), quick=True)
+    assert address.found == "s3:/bucket/x: an address, and not a folder of this machine"
     if sys.platform == "linux":
         assert disk_findings(Path("/proc"), quick=True)[-1].status == "problem"
+
+
+def test_a_disk_that_can_only_be_read_is_a_problem(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        found = disk_findings(disk, quick=True)
+    assert Finding("disk", "problem", f"{disk}: Read-only file system", "mount it so that it can be written to, or give another --path") in found
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from tpt_megatron.config.train import TrainConfig
 from tpt_megatron.errors import ConfigError, UsageError
 from tpt_megatron.launch.gpus import find_gpu
 from tpt_megatron.launch.plan import plan_training
-from tpt_megatron.launch.planning import plan_arms, plan_search, planned_run, refuse_what_does_not_fit
+from tpt_megatron.launch.planned import planned_config
+from tpt_megatron.launch.planning import plan_arms, plan_search, refuse_what_does_not_fit, with_data
 from tpt_megatron.launch.search import candidates, search
 from tpt_megatron.mcore.model import count_parameters
 from tpt_megatron.mcore.simulation import simulate, simulate_stages
@@ -198,7 +199,7 @@ FITS = {"paper-pretrain-8b": 16, "paper-midtrain-7b": 16}
 @pytest.mark.parametrize("name", [name for name, kind in RECIPES.items() if kind == "train"])
 def test_every_recipe_of_training_can_be_planned_and_fits(name: str) -> None:
     """They leave run folder, data and the checkpoint to start from to the user."""
-    config = planned_run(name, ["model.vocab_size=1000"] if name == "demo-train" else [])
+    config = with_data(planned_config(name, ["model.vocab_size=1000"] if name == "demo-train" else []))
     plan = plan_training(config, 1 if name == "demo-train" else FITS.get(name, 8), H100, mfu=0.4)
     assert plan.parameters == count_parameters(config.model)
     refuse_what_does_not_fit(config, plan, H100)
@@ -219,7 +220,7 @@ PAPER_RUNS = {
 
 @pytest.mark.parametrize("name", PAPER_RUNS)
 def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
-    config = planned_run(name, [])
+    config = with_data(planned_config(name, []))
     optimizer = config.optimizer
     found = (config.global_batch_sequences * config.data.sequence_length, optimizer.learning_rate, optimizer.schedule)
     found += (optimizer.clip_gradient_norm, optimizer.weight_decay, optimizer.beta2, config.warmup_steps)
@@ -255,7 +256,7 @@ def test_validation_data_need_not_be_there_where_training_data_are(tmp_path: Pat
     kept = {"every_steps": 2, "keep_last": 2, "keep_best": 1}
     config = str(write_train_config(tmp_path, tmp_path, epochs=1, validate_every_steps=2, checkpoint=kept))
     for words in ([], [f"data.validation={tmp_path}/not-there-yet"]):
-        planned = planned_run(config, words)
+        planned = with_data(planned_config(config, words))
         assert planned.steps and planned.model.vocab_size == 257, "of the data"
         assert (planned.validate_every_steps, planned.checkpoint.keep_best) == (2, 1)
 
@@ -281,6 +282,33 @@ def test_the_command_prints_tables_or_json_and_exits_with_2_where_it_does_not_fi
     both = tpt("--world-size", "32", "--search", "--json")
     assert both.returncode == 2 and both.stderr == "tpt: --search and --json: give one of them; layouts are ranked in a table alone\n"
     assert told["fits"] is False and told["stages"][0]["held"]["parameters"] == told["parameters"] == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--world-size", "100000"), "is not a multiple of micro_batch_sequences=1 x 100000 data-parallel rank(s) = 100000"),
+        (("--world-size", "100001"), "--world-size"),
+        (("parallel.tensor_parallel=3",), "parallel.tensor_parallel=3 does not divide model.num_heads=32"),
+        (("--gpu", "b300"), "--gpu b300: not known"),
+    ],
+)
+def test_what_needs_no_torch_to_be_told_is_told_without(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    """A layout that was simulated first would take 100,000 ranks' groups, gigabytes of them."""
+    config = tmp_path / "train.yaml"
+    config.write_text(json.dumps(run().model_dump(mode="json", exclude_defaults=True) | {"model": "llama-3-8b"}))
+    code = "import sys; sys.modules['torch'] = None; from tpt_megatron.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code, "plan", str(config), *arguments], capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_no_layout_at_all_is_not_a_matter_of_memory() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no layout of this model is possible on 7 GPU\(s\) with global_batch_sequences=512: data-parallel ranks must divide"
+    ):
+        plan_search(run(), 7, H100, 0.4)
 
 
 def test_an_augment_config_is_estimated_for_so_many_gpus_and_without_torch(tmp_path: Path) -> None:
