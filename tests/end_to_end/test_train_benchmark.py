@@ -79,6 +79,6 @@ def test_a_layout_that_does_not_fit_is_one_line() -> None:
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1] == (
-        "benchmarks/train_gpu.py: parallel.tensor_parallel=2 = 2 does not divide the 1 rank(s) of this job; "
+        "benchmarks/train_gpu.py: parallel.tensor_parallel=2 does not divide the 1 rank(s) of this job; "
         "start it with 2 (torchrun --nproc-per-node 2 ...) or change the layout"
     )

@@ -54,9 +54,9 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
     if world_size % unit:
         more = (world_size // unit + 1) * unit
         fits = f"{world_size // unit * unit} or {more}" if world_size > unit else str(more)
+        product = f"{' x '.join(axes)} = {unit}" if len(axes) > 1 else axes[0]
         raise ConfigError(
-            f"{' x '.join(axes)} = {unit} does not divide the {world_size} rank(s) of this job; start it with {fits} "
-            f"(torchrun --nproc-per-node {more} ...) or change the layout"
+            f"{product} does not divide the {world_size} rank(s) of this job; start it with {fits} (torchrun --nproc-per-node {more} ...) or change the layout"
         )
     # Experts are spread over all ranks of a pipeline stage, tensor-parallel ones apart.
     places = world_size // (parallel.tensor_parallel * parallel.pipeline_parallel)

@@ -63,9 +63,9 @@ def test_presets_fill_in_what_is_not_given() -> None:
         (
             {"tensor_parallel": 2, "pipeline_parallel": 2},
             6,
-            "pipeline_parallel=2 = 4 does not divide the 6 rank(s) of this job; start it with 4 or 8",
+            "parallel.tensor_parallel=2 x parallel.pipeline_parallel=2 = 4 does not divide the 6 rank(s) of this job; start it with 4 or 8",
         ),
-        ({"context_parallel": 4}, 2, "parallel.context_parallel=4 = 4 does not divide the 2 rank(s) of this job; start it with 4 "),
+        ({"context_parallel": 4}, 2, "parallel.context_parallel=4 does not divide the 2 rank(s) of this job; start it with 4 "),
         (
             {"expert_parallel": 4},
             6,
