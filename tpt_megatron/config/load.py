@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import types
 from collections.abc import Sequence
 from importlib import resources
@@ -49,6 +50,17 @@ class _Loader(yaml.SafeLoader):
 
 SomeConfig = TypeVar("SomeConfig", bound=Config)
 
+_EXPECTED = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "a group of keys"),
+    "tuple_type": "a list",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "text, in quotes",
+    "path_type": "a path",
+}
+"""What a key should have, by pydantic's type of the mistake: its own words are Python's."""
+
 
 def load_config(kind: type[SomeConfig], name: str, overrides: Sequence[str] = ()) -> SomeConfig:
     """Return the config of `kind` from a YAML file or a recipe's name, with `key=value` overrides (values are YAML).
@@ -83,7 +95,9 @@ def check_config(kind: type[SomeConfig], values: dict[str, Any], origin: str) ->
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{origin}: {_explain(kind, detail)}" for detail in error.errors())) from None
+        details = error.errors()
+        lines = [*_unknown_keys(kind, details), *(_explain(detail) for detail in details if detail["type"] != "extra_forbidden")]
+        raise ConfigError("; ".join(f"{origin}: {line}" for line in lines)) from None
 
 
 def recipe_names() -> list[str]:
@@ -129,20 +143,40 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     here[last] = value
 
 
-def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
-    location = detail["loc"]
-    key = ".".join(str(part) for part in location)
-    match detail["type"]:
-        case "extra_forbidden":
-            allowed = ", ".join(_keys_at(kind, location[:-1]))
-            return f"unknown key {key!r}; allowed here: {allowed}"
+def _unknown_keys(kind: type[BaseModel], details: Sequence[ErrorDetails]) -> list[str]:
+    """Return a line for each place that has keys which it does not know."""
+    places: dict[tuple[int | str, ...], list[str]] = {}
+    for detail in details:
+        if detail["type"] == "extra_forbidden":
+            places.setdefault(detail["loc"][:-1], []).append(repr(_key(detail)))
+    return [f"unknown key{'s' * (len(keys) > 1)} {', '.join(keys)}; allowed here: {', '.join(_keys_at(kind, place))}" for place, keys in places.items()]
+
+
+def _explain(detail: ErrorDetails) -> str:
+    key, mistake, context = _key(detail), detail["type"], detail.get("ctx", {})
+    value = detail["input"]
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # null, true, false
+    match mistake:
         case "missing":
             return f"key {key!r} is missing"
+        case "union_tag_not_found":
+            return f"key '{key}.kind' is missing"
+        case "union_tag_invalid":
+            return f"{key}.kind={context['tag']!r}: must be one of {context['expected_tags']}"
         case "value_error":
             message = detail["msg"].removeprefix("Value error, ")
             return f"{key}: {message}" if key else message
+        case "too_short":
+            return f"{key}={shown}: expected at least {context['min_length']} of them"
+        case _ if mistake in _EXPECTED:
+            return f"{key}={shown}: expected {_EXPECTED[mistake]}"
         case _:
-            return f"{key}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+            message = detail["msg"].replace("Input should be ", "must be ")
+            return f"{key}={shown}: {message[0].lower()}{message[1:]}"
+
+
+def _key(detail: ErrorDetails) -> str:
+    return ".".join(str(part) for part in detail["loc"])
 
 
 def _keys_at(kind: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -64,13 +64,13 @@ def test_a_stage_that_the_run_does_not_reach_is_refused() -> None:
         ({"train": [{"path": "a", "weight": 1, "tokens": 5}]}, "a: give one of weight and tokens"),
         ({"train": [ONE, {"path": "b"}]}, "the shares of a blend all need a weight, or all need tokens: a, b"),
         ({"train": [ONE, {"path": "b", "tokens": 5}]}, "the shares of a blend all need a weight, or all need tokens: a, b"),
-        ({"train": [{"path": "a", "weight": 0}]}, "data.train.0.weight=0: input should be greater than 0"),
+        ({"train": [{"path": "a", "weight": 0}]}, "data.train.0.weight=0: must be greater than 0"),
         ({"train": [{"path": "a", "wieght": 1}]}, "unknown key 'data.train.0.wieght'; allowed here: max_epochs, path, tokens, weight"),
         ({"stages": [{"train": "a"}, {"train": "b"}]}, "stages.0: every stage but the last has tokens"),
         ({"stages": [{"train": "a", "tokens": 80}]}, "stages.0: every stage but the last has tokens, the last has none"),
         ({"stages": [{"train": "a", "tokens": 7}, {"train": "b"}]}, "stages.0.tokens=7 is less than one sequence of 8"),
         ({"train": "a", "validation": {}}, "validation: a mapping needs names with a dataset each"),
-        ({"train": "a", "packing": "worst_fit"}, "data.packing='worst_fit': input should be 'concatenate' or 'best_fit'"),
+        ({"train": "a", "packing": "worst_fit"}, "data.packing='worst_fit': must be 'concatenate' or 'best_fit'"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(data: dict[str, Any], says: str) -> None:

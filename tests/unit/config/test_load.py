@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,21 @@ def test_overrides_are_yaml_with_dotted_names_and_the_last_wins(tmp_path: Path) 
         (GOOD, ("fields.txt=a",), "unknown key 'fields.txt'; allowed here: id, source, text"),
         (GOOD, ("generator.fild=a",), "unknown key 'generator.0.field.fild'; allowed here: field, kind"),
         ("input: a\ngenerator: {kind: worked}\n", (), "key 'output' is missing"),
-        (GOOD, ("on_bad_record=ignore",), "on_bad_record='ignore': input should be 'set_aside' or 'fail'"),
-        (GOOD, ("generator.kind=magic",), "magic"),
+        (GOOD, ("on_bad_record=ignore",), "on_bad_record='ignore': must be 'set_aside' or 'fail'"),
+        (GOOD, ("generator.kind=magic",), "generator.0.kind='magic': must be one of 'field', 'worked', 'openai', "),
+        (GOOD, ("generator={field: thought}",), "key 'generator.0.kind' is missing"),
+        (GOOD, ("generator=[]",), "generator=[]: expected at least 1 of them"),
+        (GOOD, ("prompts=3",), "prompts=3: expected a list"),
+        (GOOD, ("slurm=3",), "slurm=3: expected a group of keys"),
+        (GOOD, ("cost=[1]",), "cost=[1]: expected a group of keys"),
+        (GOOD, ("shard.documents=many",), "shard.documents='many': expected a whole number"),
+        (GOOD, ("shard.documents=1.5",), "shard.documents=1.5: expected a whole number"),
+        (GOOD, ("shard.documents=",), "shard.documents=null: expected a whole number"),
+        (GOOD, ("shard.documents=0",), "shard.documents=0: must be greater than or equal to 1"),
+        (GOOD, ("shard.megabytes=true or so",), "shard.megabytes='true or so': expected a number"),
+        (GOOD, ("keep_rejected=maybe",), "keep_rejected='maybe': expected true or false"),
+        (GOOD, ("output=true",), "output=true: expected text, in quotes"),
+        (GOOD, ("slurm={tasks: 1, partition: p, time: '1', logs: 3}",), "slurm.logs=3: expected a path"),
         ("a: [\n", (), "augment.yaml:2: not valid YAML"),
         ("- a\n", (), "found a list"),
         ("", (), "augment.yaml: the file has no keys"),
@@ -58,6 +72,15 @@ def test_mistakes_are_one_line_that_names_the_key(tmp_path: Path, text: str, ove
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_keys_that_are_allowed_are_listed_once_for_each_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD, "nods=1", "fields.txt=a", "fields.name=b", "foo=2", "shard.documents=0")
+    said = [re.sub(r"^.*augment\.yaml: ", "", line) for line in str(caught.value).split(f"; {tmp_path}")]
+    assert said[0] == "unknown keys 'fields.txt', 'fields.name'; allowed here: id, source, text"
+    assert said[1].startswith("unknown keys 'nods', 'foo'; allowed here: checks, chunks, ")
+    assert said[2:] == ["shard.documents=0: must be greater than or equal to 1"]
 
 
 def test_a_missing_file_and_bad_encoding_are_config_errors(tmp_path: Path) -> None:

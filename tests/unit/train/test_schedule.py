@@ -63,7 +63,7 @@ def test_epochs_are_steps_once_the_sequences_of_one_are_known() -> None:
     [
         ({}, "steps and epochs state the same; give one of them"),
         ({"steps": None, "tokens": 480}, "tokens and epochs state the same; give one of them"),
-        ({"steps": None, "epochs": 0}, "epochs=0: input should be greater than 0"),
+        ({"steps": None, "epochs": 0}, "epochs=0: must be greater than 0"),
         (
             {"steps": None, "data": {"sequence_length": 10, "train": [{"path": "d", "weight": 1}, {"path": "e", "weight": 1}]}},
             "epochs=2 are of one dataset, and data.train names d, e; give steps or tokens",
