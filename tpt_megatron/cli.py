@@ -452,7 +452,7 @@ def demo(
     run_demo(output, steps, seeds)
 
 
-@app.command(epilog=f"Its options, and `launch.KEY=VALUE` for each: {_keys('launch')} docs/launch.md says the rest.")
+@app.command(epilog="Its options, each also `launch.KEY=VALUE`: `tpt keys launch`. docs/launch.md says the rest.")
 def launch(
     where: Annotated[Literal["local", "slurm", "kubernetes"], typer.Argument(help="local: torchrun on this machine; slurm: sbatch; kubernetes: kubectl.")],
     config: ConfigName,
