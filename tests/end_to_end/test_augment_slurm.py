@@ -149,7 +149,6 @@ def test_a_node_that_does_not_see_the_output_says_so(cluster: Cluster, folder: P
     ("changes", "words"),
     [
         ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
-        ({"time": "soon"}, "Invalid --time specification"),
         ({"sbatch": {"no-such-option": "1"}}, "unrecognized option '--no-such-option=1'"),
     ],
 )
