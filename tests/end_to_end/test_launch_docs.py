@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.train_runs import preprocess_corpus, write_train_config
+from tests.support.train_runs import preprocess_corpus
 
 PAGE = (Path(__file__).parents[2] / "docs" / "launch.md").read_text()
 COMMANDS = [line.strip() for line in PAGE.splitlines() if line.startswith("    tpt launch ") and "CONFIG" not in line]
@@ -21,9 +21,8 @@ COMMANDS = [line.strip() for line in PAGE.splitlines() if line.startswith("    t
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the files that the page names; its options are the page's own."""
     folder = tmp_path_factory.mktemp("docs")
-    preprocess_corpus(folder)
-    write_train_config(folder, folder, steps=3, global_batch_sequences=128)
-    (folder / "preprocess.yaml").write_text(f"input: {folder}/datasets.jsonl\noutput: data\ntokenizer: byte\narms: [append]\n")
+    preprocess_corpus(folder, "data")
+    (folder / "preprocess.yaml").write_text(f"input: {folder}/data.jsonl\noutput: again\ntokenizer: byte\narms: [append]\n")
     (folder / "augment.yaml").write_text("input: a.jsonl\noutput: augmented\ngenerator: {kind: worked}\n")
     for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL):
         name = re.match(r"# (\S+)\n", block)
@@ -51,7 +50,7 @@ def test_it_does_what_the_page_says(folder: Path, command: str) -> None:
     assert ended.returncode == 0, ended.stderr
     if not runs:
         assert ended.stderr == ""
-        assert ended.stdout.startswith({"slurm": "#!/bin/bash\n#SBATCH", "kubernetes": "apiVersion: v1\nkind: ConfigMap", "local": ""}[words[1]])
+        assert ended.stdout.startswith({"slurm": "#!/bin/bash\n#", "kubernetes": "apiVersion: v1\nkind: ConfigMap", "local": ""}[words[1]])
     elif "train.yaml" in words:
         assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 

@@ -109,6 +109,7 @@ def test_ranks_that_die_start_again_as_often_as_is_said_with_longer_and_longer_p
         "tpt launch: ranks failed (exit code 137); start 2 of max_restarts=2 in 2 s",
     ]
     assert said[-1].startswith("tpt: ranks failed (exit code 137) and max_restarts=2 are used up; what was saved is kept")
+    assert [line for line in said if "logs: " in line] == [f"tpt launch: logs: {tmp_path}/my logs/attempt_{attempt}/rank_*.log" for attempt in (1, 2, 3)]
     assert len([line for line in said if "rank 0 was killed by SIGKILL; " in line]) == 3
     last = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text()) + 1
     for folder in (tmp_path, tmp_path / "unbroken"):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from tpt_megatron.config.load import Config
 from tpt_megatron.config.slurm import SlurmTime
@@ -18,6 +18,18 @@ def _text(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
+
+_SAID_BY_THE_SCRIPT = {
+    **dict.fromkeys(("nodes", "ntasks", "array"), "give nodes instead"),
+    **dict.fromkeys(("gpus", "gpus-per-node", "ntasks-per-node"), "give gpus_per_node instead"),
+    **{key.replace("_", "-"): f"give slurm.{key} instead" for key in ("partition", "account", "qos", "time", "cpus_per_task")},
+    **dict.fromkeys(("requeue", "no-requeue"), "give slurm.max_requeues instead"),
+    "job-name": "give name instead",
+    "output": "give logs instead",
+    "signal": "give stop_s instead",
+    "open-mode": "leave it out",
+}
+"""Options of sbatch that the launch depends on, by name, and what to do about them."""
 
 
 class Container(Config):
@@ -35,6 +47,12 @@ class Container(Config):
     workdir: str | None = None
     python: str = "python3"
 
+    @model_validator(mode="after")
+    def _has_an_image(self) -> Self:
+        if self.image is None and (others := self.model_fields_set - {"image"}):
+            raise ValueError(f"{min(others)} is given without image, and counts inside of one only; give image, or leave it out")
+        return self
+
 
 class LocalOptions(Config):
     """Several machines without a scheduler: the same command on each, with its own `node`.
@@ -48,6 +66,13 @@ class LocalOptions(Config):
     node: int = Field(0, ge=0)
     address: str | None = None
 
+    @field_validator("rendezvous")
+    @classmethod
+    def _is_an_address(cls, rendezvous: str | None) -> str | None:
+        if rendezvous is not None and not re.fullmatch(r"\S+:[0-9]{1,5}", rendezvous):
+            raise ValueError(f"{rendezvous!r} must be HOST:PORT of node 0, such as 10.0.0.1:29500")
+        return rendezvous
+
 
 class SlurmOptions(Config):
     """What sbatch is told. Times are Slurm's own, in quotes: "24:00:00".
@@ -56,7 +81,7 @@ class SlurmOptions(Config):
     health_check  shell line that every node must pass before ranks start there; its last line of output is the reason. Default: as many GPUs as wanted,
                   and a log folder that can be written to. "true" checks nothing
     max_requeues  how often the job may go back to the queue (time limit, preemption, bad nodes) before it fails
-    sbatch        further sbatch options by name, such as {exclusive: "", constraint: h100}
+    sbatch        further sbatch options by name, such as {exclusive: "", constraint: h100}; those that the script says already are refused
     """
 
     partition: str | None = None
@@ -68,6 +93,16 @@ class SlurmOptions(Config):
     health_check: str | None = None
     max_requeues: int = Field(100, ge=0)
     sbatch: dict[str, Text] = Field(default={})
+
+    @field_validator("sbatch")
+    @classmethod
+    def _further_options(cls, sbatch: dict[str, str]) -> dict[str, str]:
+        for option in sbatch:
+            if not re.fullmatch(r"[a-z][a-z0-9]+(-[a-z0-9]+)*", option):
+                raise ValueError(f"{option!r} is no name of an option; write its long name without the dashes before it, such as exclusive")
+            if option in _SAID_BY_THE_SCRIPT:
+                raise ValueError(f"the script has {option!r} already; {_SAID_BY_THE_SCRIPT[option]}")
+        return sbatch
 
 
 class KubernetesOptions(Config):
@@ -92,6 +127,14 @@ class KubernetesOptions(Config):
     resources: dict[str, Text] = Field(default={})
     labels: dict[str, Text] = Field(default={})
     node_selector: dict[str, Text] = Field(default={})
+
+    @field_validator("claims")
+    @classmethod
+    def _mounted_at_full_paths(cls, claims: dict[str, str]) -> dict[str, str]:
+        for claim, path in claims.items():
+            if not path.startswith("/"):
+                raise ValueError(f"{claim}={path!r} must be a full path, of a folder in the pod, such as /{path}")
+        return claims
 
 
 class LaunchConfig(Config):

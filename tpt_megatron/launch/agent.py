@@ -25,7 +25,7 @@ from types import FrameType
 import psutil
 
 from tpt_megatron.errors import ConfigError, MachineError, Stopped, UsageError
-from tpt_megatron.launch.rank import log_of
+from tpt_megatron.launch.rank import log_of, make_log_folder
 from tpt_megatron.launch.rendezvous import JOIN_S, Rendezvous
 from tpt_megatron.processes import die_with_parent
 
@@ -69,6 +69,8 @@ def exit_code(ended: Sequence[int]) -> int:
 
 def run(options: argparse.Namespace, command: Sequence[str]) -> int:
     """Run the ranks and return what this node exits with."""
+    if options.logs:
+        make_log_folder(options.logs)
     _pause(options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks that share cores are slower when each starts more threads
     try:
@@ -173,8 +175,6 @@ def _arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _torchrun_arguments(options: argparse.Namespace, command: Sequence[str], scratch: str) -> list[str]:
-    if options.logs:
-        options.logs.mkdir(parents=True, exist_ok=True)
     where = ["--standalone"]
     if options.nodes > 1:
         host = "true" if _node(options) == 0 else "false"

@@ -37,8 +37,9 @@ class Job:
 
     @property
     def asks_for_gpus(self) -> bool:
-        """Whether machines must have GPUs. Those of augment and preprocess are asked for by those who name a number: most of their tasks need none."""
-        return self.options.device == "gpu" and (self.stage == "train" or "gpus_per_node" in self.options.model_fields_set)
+        """Whether machines must have GPUs. preprocess has no use for any; augment has where it runs an engine itself: those who name a number ask for them."""
+        named = "gpus_per_node" in self.options.model_fields_set
+        return self.options.device == "gpu" and (self.stage == "train" or (self.stage == "augment" and named))
 
 
 def make_job(name: str, words: Sequence[str], options_file: str | None, flags: dict[str, Any]) -> Job:

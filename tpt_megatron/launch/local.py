@@ -13,6 +13,7 @@ from types import FrameType
 
 from tpt_megatron.errors import ConfigError, Stopped, TptError, UsageError
 from tpt_megatron.launch.job import Job
+from tpt_megatron.launch.rank import make_log_folder
 from tpt_megatron.log import console
 
 AGENT = ("-m", "tpt_megatron.launch.agent")
@@ -35,7 +36,12 @@ def run(job: Job) -> None:
         os.execv(sys.executable, _command(job, attempt=1))
     options, attempt = job.options, _first_attempt(job)
     for restart in range(options.max_restarts + 1):
-        with _Agent(_command(job, attempt + restart), _environment(job)) as agent:
+        command = _command(job, attempt + restart)
+        if options.logs is not None:
+            folder = _logs_of(options.logs, attempt + restart)
+            make_log_folder(folder)
+            _say(f"logs: {folder}/rank_*.log")
+        with _Agent(command, _environment(job)) as agent:
             code = agent.wait()
             if code == 0:
                 return
@@ -46,10 +52,13 @@ def run(job: Job) -> None:
             if restart == options.max_restarts:
                 break
             pause = min(options.backoff_s * 2**restart, options.max_backoff_s)
-            line = f"ranks failed (exit code {code}); start {restart + 1} of max_restarts={options.max_restarts} in {pause} s"
-            console.print(f"tpt launch: {line}", markup=False, highlight=False)
+            _say(f"ranks failed (exit code {code}); start {restart + 1} of max_restarts={options.max_restarts} in {pause} s")
             agent.pause(pause)
     raise TptError(f"ranks failed (exit code {code}) and max_restarts={options.max_restarts} are used up; what was saved is kept, run it again to continue")
+
+
+def _say(line: str) -> None:
+    console.print(f"tpt launch: {line}", markup=False, highlight=False)
 
 
 class _Agent:
@@ -82,6 +91,9 @@ class _Agent:
 
 
 def _command(job: Job, attempt: int) -> list[str]:
+    if job.options.container.image is not None:
+        image = job.options.container.image
+        raise UsageError(f"launch.container.image={image}: tpt launch local runs ranks as they are; start it inside the container, with launch.container={{}}")
     python = job.options.python or sys.executable
     if job.stage != "train":
         if job.options.nodes > 1:
@@ -96,7 +108,7 @@ def _command(job: Job, attempt: int) -> list[str]:
         if local.address is not None:
             words += [f"--address={local.address}"]
     if options.logs is not None:
-        words += [f"--logs={options.logs / f'attempt_{attempt}'}"]
+        words += [f"--logs={_logs_of(options.logs, attempt)}"]
     return [*words, "--", *job.arguments()]
 
 
@@ -109,6 +121,10 @@ def _environment(job: Job) -> dict[str, str]:
 def _first_attempt(job: Job) -> int:
     """Return the first number whose folder of logs is free: logs of earlier starts stay."""
     number = 1
-    while job.options.logs is not None and Path(job.options.logs / f"attempt_{number}").exists():
+    while job.options.logs is not None and os.path.exists(_logs_of(job.options.logs, number)):  # Path.exists raises where it may not look
         number += 1
     return number
+
+
+def _logs_of(logs: Path, attempt: int) -> Path:
+    return logs / f"attempt_{attempt}"

@@ -10,10 +10,20 @@ import runpy
 import sys
 from pathlib import Path
 
+from tpt_megatron.errors import ConfigError
+
 
 def log_of(logs: Path, rank: int) -> Path:
     """Return the file that a rank writes to."""
     return logs / f"rank_{rank}.log"
+
+
+def make_log_folder(folder: Path) -> None:
+    """Make a folder of logs. ConfigError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"launch.logs: the folder {folder} cannot be made ({error.strerror}); name one that can be written to") from None
 
 
 def main() -> None:

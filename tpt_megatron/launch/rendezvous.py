@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from tpt_megatron.errors import MachineError
+from tpt_megatron.errors import MachineError, UsageError
 
 JOIN_S = 900
 """How long nodes wait for each other: images are pulled and disks mounted meanwhile."""
@@ -53,7 +53,7 @@ class Rendezvous:
 
         host, _, port = self._address.rpartition(":")
         if not host or not port.isdigit():
-            raise MachineError(f"rendezvous={self._address}: expected HOST:PORT")
+            raise UsageError(f"rendezvous={self._address}: expected HOST:PORT")
         deadline = time.monotonic() + JOIN_S
         while True:
             try:

@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from tpt_megatron.errors import MachineError
+from tpt_megatron.config.slurm import seconds_of
+from tpt_megatron.errors import ConfigError, MachineError
 from tpt_megatron.launch.job import Job
 from tpt_megatron.launch.local import AGENT
+from tpt_megatron.launch.rank import make_log_folder
 
 LOGS = Path("logs")
 UNEXPANDED = "# shellcheck disable=SC2016 # what is in single quotes, nodes and programs expand"
@@ -52,7 +54,7 @@ def train_script(job: Job) -> str:
     if job.asks_for_gpus:
         asked["gpus-per-node"] = options.gpus_per_node
     # To the steps, not to this script: ranks save, and the script sees how they ended.
-    asked |= {"signal": f"TERM@{options.stop_s}", "output": f"{logs_of(job)}/%j.out"}
+    asked |= {"signal": stop_signal(job), "output": f"{logs_of(job)}/%j.out"}
     command = [interpreter(job), *AGENT, f"--nodes={options.nodes}", f"--ranks={options.gpus_per_node}", f"--stop-s={options.stop_s}"]
     variables = {
         "logs": str(logs_of(job).resolve()),
@@ -84,11 +86,22 @@ def sbatch(script: str, logs: Path, options: Sequence[str] = ()) -> str:
     """Submit a script and return the job's number."""
     if shutil.which("sbatch") is None:
         raise MachineError("slurm: there is no sbatch on this machine; submit from a login node, or see the script with --dry-run")
-    logs.mkdir(parents=True, exist_ok=True)
+    make_log_folder(logs)
     done = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise MachineError(f"slurm: {' '.join(done.stderr.split()) or f'sbatch ended with exit code {done.returncode}'}")
     return done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
+
+
+def stop_signal(job: Job) -> str:
+    """Return the signal before the time limit. ConfigError where it would come at once: the job would go back to the queue again and again."""
+    time, stop_s = job.options.slurm.time, job.options.stop_s
+    if time is not None and 0 < seconds_of(time) <= stop_s:
+        raise ConfigError(
+            f"launch.slurm.time={time!r} is not longer than launch.stop_s={stop_s}: ranks would be stopped as soon as they start; "
+            "make the time longer, or stop_s shorter"
+        )
+    return f"TERM@{stop_s}"
 
 
 def logs_of(job: Job) -> Path:
@@ -112,7 +125,9 @@ def header(job: Job, more: Mapping[str, object]) -> list[str]:
     }
     named = [f"#SBATCH --{name}{f'={shlex.quote(str(value))}' if value != '' else ''}" for name, value in given.items() if value is not None]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in job.options.environment.items()]
-    return ["#!/bin/bash", *named, UNEXPANDED, *exports, *([slurm.setup.rstrip("\n")] if slurm.setup else [])]
+    # A job whose output has no folder fails without a word. `sbatch` below makes it; people who print the script must.
+    folder = f"# Before sbatch, which does not make it: mkdir -p {shlex.quote(str(logs_of(job)))}"
+    return ["#!/bin/bash", folder, *named, UNEXPANDED, *exports, *([slurm.setup.rstrip("\n")] if slurm.setup else [])]
 
 
 def interpreter(job: Job) -> str:

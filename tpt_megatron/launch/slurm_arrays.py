@@ -15,7 +15,8 @@ from tpt_megatron.config.load import check_config
 from tpt_megatron.config.preprocess import PreprocessConfig
 from tpt_megatron.errors import ConfigError
 from tpt_megatron.launch.job import Job
-from tpt_megatron.launch.slurm import UNEXPANDED, container_command, fixed_part, header, interpreter, logs_of, sbatch, step_options
+from tpt_megatron.launch.rank import make_log_folder
+from tpt_megatron.launch.slurm import UNEXPANDED, container_command, fixed_part, header, interpreter, logs_of, sbatch, step_options, stop_signal
 
 
 def dry_run(job: Job) -> str:
@@ -28,6 +29,7 @@ def dry_run(job: Job) -> str:
 def submit(job: Job) -> str:
     """Submit the array and return a line that says what was submitted."""
     if isinstance(job.config, AugmentConfig):
+        make_log_folder(logs_of(job))
         return augment_slurm.submit(_with_slurm(job, job.config))
     assert isinstance(job.config, PreprocessConfig)
     logs = logs_of(job)
@@ -40,7 +42,7 @@ def preprocess_script(job: Job) -> str:
     """Return the script of an array whose tasks are shards."""
     count, options = job.options.nodes, job.options
     # To this script alone, which hands it on: a step would hear of it only through srun.
-    more = {"array": f"1-{count}", "ntasks": 1, "signal": f"B:TERM@{options.stop_s}", "output": f"{logs_of(job)}/%A_%a.out"}
+    more = {"array": f"1-{count}", "ntasks": 1, "signal": f"B:{stop_signal(job)}", "output": f"{logs_of(job)}/%A_%a.out"}
     command = ["srun", *step_options(job), *container_command(job)] if job.options.container.image is not None else []
     command += [interpreter(job), "-m", "tpt_megatron.cli", *job.arguments()]
     lines = [

@@ -53,7 +53,14 @@ def test_wrong_arguments_are_refused(arguments: tuple[str, ...], says: str) -> N
 
 def test_a_rendezvous_that_is_no_address_is_one_line() -> None:
     ended = run("--ranks=1", "--nodes=2", "--rendezvous=nowhere", "--", "train", "x")
-    assert (ended.returncode, ended.stderr) == (1, "tpt launch: rendezvous=nowhere: expected HOST:PORT\n")
+    assert (ended.returncode, ended.stderr) == (2, "tpt launch: rendezvous=nowhere: expected HOST:PORT\n")
+
+
+def test_logs_that_cannot_be_made_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = run("--ranks=1", f"--logs={tmp_path}/file/attempt_1", "--", "train", "x")
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr == f"tpt launch: launch.logs: the folder {tmp_path}/file/attempt_1 cannot be made (Not a directory); name one that can be written to\n"
 
 
 def test_wrong_configs_and_failures_are_told_apart_for_schedulers_that_want_codes_of_their_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -36,14 +37,34 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("slurm", "train.yaml", "parallel.tensor_parallel=2", "--gpus-per-node=3"), "nodes=1 x gpus_per_node=3 = 3 rank(s): parallel.tensor_parallel=2 = 2"),
+        (
+            ("slurm", "train.yaml", "parallel.tensor_parallel=2", "--gpus-per-node=3"),
+            "nodes=1 x gpus_per_node=3 = 3 rank(s): parallel.tensor_parallel=2 does not divide the 3 rank(s)",
+        ),
         (("slurm", "train.yaml", "--nodes=3", "--gpus-per-node=1"), "global_batch_sequences=4 is not a multiple of micro_batch_sequences=1 x 3"),
         (("slurm", "train.yaml", "steps=many"), "steps='many'"),
         (("slurm", "train.yaml", "launch.nods=3"), "unknown key 'nods'; allowed here: backoff_s,"),
         (("slurm", "train.yaml", "launch.nodes=0"), "nodes=0"),
         (("slurm", "train.yaml", "launch.slurm.time=24:00:00"), 'put the time in quotes: time: "24:00:00"'),
         (("slurm", "train.yaml", "launch.environment={A B: 1}"), "'A B' is no name of a variable"),
-        (("slurm", "train.yaml", "launch.environment={A: true}"), "environment.A=True"),
+        (("slurm", "train.yaml", "launch.environment={A: true}"), "environment.A=true: expected text"),
+        (("slurm", "train.yaml", "launch.slurm.time=soon"), "slurm.time: 'soon' is no time of Slurm's; write minutes, minutes:seconds, "),
+        (("slurm", "train.yaml", "--gpus-per-node=2", 'launch.slurm.time="2"'), "launch.slurm.time='2' is not longer than launch.stop_s=300"),
+        (("slurm", "preprocess.yaml", 'launch.slurm.time="00:05:00"'), "launch.slurm.time='00:05:00' is not longer than launch.stop_s=300"),
+        (("slurm", "train.yaml", 'launch.slurm.sbatch={nodes: "3"}'), "slurm.sbatch: the script has 'nodes' already; give nodes instead"),
+        (("slurm", "train.yaml", 'launch.slurm.sbatch={no-requeue: ""}'), "slurm.sbatch: the script has 'no-requeue' already; give slurm.max"),
+        (("slurm", "train.yaml", "launch.slurm.sbatch={bad opt: x}"), "slurm.sbatch: 'bad opt' is no name of an option"),
+        (("slurm", "train.yaml", "launch.container.runtime=apptainer"), "container: runtime is given without image"),
+        (("local", "train.yaml", "--gpus-per-node=2", "launch.container.image=i"), "launch.container.image=i: tpt launch local runs ranks as they are"),
+        (("local", "preprocess.yaml", "launch.container.image=i"), "launch.container.image=i: tpt launch local runs ranks as they are"),
+        (
+            ("local", "train.yaml", "--gpus-per-node=2", "launch.logs=/proc/logs", "launch.backoff_s=0"),
+            "launch.logs: the folder /proc/logs/attempt_1 cannot be made",
+        ),
+        (
+            ("local", "train.yaml", "--gpus-per-node=2", "launch.logs=options.yaml", "launch.backoff_s=0"),
+            "launch.logs: the folder options.yaml/attempt_1 cannot be made",
+        ),
         (("slurm", "train.yaml", "launch.name=Tpt"), "name='Tpt' must be of small letters"),
         (("slurm", "neither.yaml"), "neither.yaml: neither a config of train, nor of augment, nor of preprocess: it has input, output"),
         (("slurm", "paper-evaluate"), "recipe paper-evaluate: a config of tpt evaluate, and those of train, augment and preprocess are launched"),
@@ -53,9 +74,11 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("slurm", "augment.yaml"), "launch.slurm.time is missing, which arrays of augment need"),
         (("local", "augment.yaml", "--nodes=2"), "start it on each machine by itself"),
         (("local", "train.yaml", "--nodes=2", "--gpus-per-node=1"), "give launch.local.rendezvous=HOST:PORT"),
+        (("local", "train.yaml", "--nodes=2", "--gpus-per-node=1", "launch.local.rendezvous=hosty"), "local.rendezvous: 'hosty' must be HOST:PORT"),
         (("local", "train.yaml", "--nodes=2", "--gpus-per-node=1", "launch.local.node=2"), "local.node=2 must be less than nodes=2"),
         (("kubernetes", "train.yaml", "--gpus-per-node=1"), "launch.container.image is missing"),
         (("kubernetes", "train.yaml", "--gpus-per-node=1", "launch.container={image: a, mounts: [/x]}"), "launch.container.mounts are Slurm's"),
+        (("kubernetes", "train.yaml", "launch.kubernetes.claims={data: data}"), "kubernetes.claims: data='data' must be a full path"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(folder: Path, arguments: tuple[str, ...], says: str) -> None:
@@ -64,6 +87,22 @@ def test_what_cannot_be_is_refused_in_one_line(folder: Path, arguments: tuple[st
     assert says in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("config", ["train.yaml", "preprocess.yaml", "augment.yaml"])
+def test_logs_that_cannot_be_are_refused_before_anything_is_submitted(folder: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    sbatch = folder / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\ntouch submitted\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    ended = launch("slurm", config, "--gpus-per-node=2", 'launch.slurm={partition: p, time: "1:00:00"}', "launch.logs=options.yaml")
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "tpt: launch.logs: the folder options.yaml cannot be made (File exists); name one that can be written to\n",
+    )
+    assert not (folder / "submitted").exists()
 
 
 def test_flags_count_over_a_file_of_options_and_words_over_both(folder: Path) -> None:
@@ -93,7 +132,7 @@ def test_what_local_would_run_is_a_line_for_a_shell(folder: Path) -> None:
 @pytest.mark.parametrize("where", ["local", "slurm", "kubernetes"])
 def test_a_dry_run_needs_no_torch(folder: Path, where: str) -> None:
     code = "import sys; from tpt_megatron.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
-    words = ["launch", where, "train.yaml", "--dry-run", "--gpus-per-node=2", "launch.container.image=image"]
+    words = ["launch", where, "train.yaml", "--dry-run", "--gpus-per-node=2", *(["launch.container.image=image"] if where == "kubernetes" else [])]
     assert subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True).returncode == 0
 
 
@@ -107,3 +146,8 @@ def test_where_there_is_no_cluster_it_says_so(folder: Path, monkeypatch: pytest.
     ended = launch("kubernetes", "train.yaml", "--gpus-per-node=2", "launch.container.image=image")
     assert ended.returncode == 1
     assert ended.stderr.startswith("tpt: kubernetes: there is no kubectl on this machine;")
+
+
+def test_help_says_where_options_are_listed(folder: Path) -> None:
+    said = " ".join(launch("--help").stdout.split())
+    assert "Its options, each also `launch.KEY=VALUE`: `tpt keys launch`. docs/launch.md says the rest." in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.train_runs import write_train_config
+from tpt_megatron.errors import ConfigError
 from tpt_megatron.launch.job import Job, make_job
 from tpt_megatron.launch.slurm import dry_run
 
@@ -84,12 +86,48 @@ def test_words_reach_the_ranks_as_they_were_given(folder: Path) -> None:
 
 
 def test_what_the_job_asks_for(folder: Path) -> None:
-    script = dry_run(job("train.yaml", stop_s=120, slurm={"partition": "gpu", "time": "4:00:00", "sbatch": {"exclusive": "", "open-mode": "truncate"}}))
+    script = dry_run(job("train.yaml", stop_s=120, slurm={"partition": "gpu", "time": "4:00:00", "sbatch": {"exclusive": ""}}))
     asked = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert asked == {
-        *("job-name=tpt-train", "partition=gpu", "time=4:00:00", "requeue", "open-mode=truncate", "nodes=2", "ntasks-per-node=1", "gpus-per-node=2"),
+        *("job-name=tpt-train", "partition=gpu", "time=4:00:00", "requeue", "open-mode=append", "nodes=2", "ntasks-per-node=1", "gpus-per-node=2"),
         *("signal=TERM@120", "output=logs/%j.out", "exclusive"),
     }
+
+
+@pytest.mark.parametrize("config", ["train.yaml", "augment.yaml", "preprocess.yaml"])
+def test_what_the_script_says_of_itself_cannot_be_said_otherwise(folder: Path, config: str) -> None:
+    slurm = {"partition": "p", "time": "1:00:00", "account": "a", "qos": "q", "cpus_per_task": 2}
+    said = set(re.findall(r"^#SBATCH --([a-z-]+)", dry_run(job(config, slurm=slurm)), re.MULTILINE))
+    assert len(said) > 10
+    # Not said by options of the launch: augment's memory, which `mem` may replace, and where a task's complaints go.
+    for option in [*sorted(said - {"mem-per-cpu", "error"}), "no-requeue"]:
+        with pytest.raises(ConfigError, match=rf"slurm\.sbatch: the script has '{option}' already; "):
+            job(config, slurm={"sbatch": {option: "1"}})
+
+
+@pytest.mark.parametrize("time", ["30", "6:00", "24:00:00", "1-0", "1-12:30", "1-12:30:59", "0"])
+def test_times_as_sbatch_knows_them(folder: Path, time: str) -> None:
+    assert f"#SBATCH --time={time}\n" in dry_run(job("train.yaml", slurm={"time": time}))
+
+
+@pytest.mark.parametrize("time", ["", "soon", "-5:00", "24:61:00", "1:2:3:4", "1-", "1d", "UNLIMITED", " 5", "5\n"])
+def test_times_that_are_none_are_refused(folder: Path, time: str) -> None:
+    with pytest.raises(ConfigError, match="is no time of Slurm's; write minutes, "):
+        job("train.yaml", slurm={"time": time})
+    with pytest.raises(ConfigError, match="is no time of Slurm's; write minutes, "):
+        job("augment.yaml", f"slurm={json.dumps({'tasks': 1, 'partition': 'p', 'logs': 'l', 'time': time})}")
+
+
+@pytest.mark.parametrize(("time", "stop_s"), [("2", 120), ("2:30", 150), ("00:04:00", 300), ("1-0", 86_400), ("1-1:1:1", 90_061), ("1-1:1", 90_060)])
+def test_ranks_have_more_time_than_they_take_to_save(folder: Path, time: str, stop_s: int) -> None:
+    with pytest.raises(ConfigError, match=f"launch.slurm.time='{time}' is not longer than launch.stop_s={stop_s}: "):
+        dry_run(job("train.yaml", slurm={"time": time}, stop_s=stop_s))
+
+
+@pytest.mark.parametrize("config", ["train.yaml", "preprocess.yaml"])
+def test_the_script_says_which_folder_it_needs(folder: Path, config: str) -> None:
+    for script in scripts(dry_run(job(config, logs="my logs"))):
+        assert script.splitlines()[1] == "# Before sbatch, which does not make it: mkdir -p 'my logs'"
 
 
 def test_arrays_have_as_many_tasks_as_nodes_were_named_and_no_gpus_of_themselves(folder: Path) -> None:
