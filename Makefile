@@ -1,6 +1,9 @@
 # Set-up needs Python 3.11+, git and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Many tests wait, for servers that are gone and runs that are stopped, and so run beside each other: files in their order, the longest first.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-fast test-cluster lint types imports format clean
 
@@ -21,10 +24,10 @@ demo: .venv/ready ## the whole road, small, on this machine: ends in demo-output
 	$(BIN)/tpt demo --output demo-output
 
 test: lint types imports .venv/ready ## linters, types, import rules, and every test that needs no GPU
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-fast: lint types imports .venv/ready ## the same without the slow tests
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-cluster: .venv/ready ## the tests on a real Slurm and on two hosts; tests/support/packages.sh installs what they start
 	$(BIN)/pytest -m 'slurm or hosts'
