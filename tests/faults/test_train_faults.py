@@ -509,6 +509,7 @@ def test_a_validation_set_of_a_larger_vocabulary_is_refused_before_the_first_ste
 def test_an_unwritable_run_folder_is_one_line(tmp_path: Path, datasets: Path, train: Train) -> None:
     (tmp_path / "run").write_text("a file")
     ended = train(write_config(tmp_path, datasets))
-    assert ended.returncode == 1
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == f"tpt: run_dir={tmp_path}/run: no folder can be made there (File exists); give another run_dir"
     assert "Traceback" not in ended.stderr
     assert (tmp_path / "run").read_text() == "a file"
