@@ -140,21 +140,28 @@ class Report:
         if args.peers:
             import train_peers
 
-            first = args.precision[0]
+            first = "fp32" if args.precision[0] == "fp32" else "bf16"
             found.append((f"transformers {first}", lambda: self._peer(self._config(shape, first, "plain"), train_peers.transformers_step)))
             found += [
-                (f"layers {precision}", lambda p=precision: self._peer(self._config(shape, p, "plain"), train_peers.layers_step))
+                (f"layers {precision}", lambda p=precision: self._peer(self._config(shape, p, "plain"), train_peers.layers_step, layers_only=True))
                 for precision in args.precision
             ]
         return found
 
     def _row(self, name: str, measure: Callable[[], Measured]) -> Measured | None:
+        import torch
+
         from tpt_megatron.errors import ConfigError, MachineError
 
         try:
             found = measure()
         except (MachineError, ConfigError) as error:
             self._say(f"{name:<20} not measured: {error}")
+            return None
+        except torch.OutOfMemoryError as error:
+            if self._layout.world_size > 1:  # other ranks wait for this one
+                raise
+            self._say(f"{name:<20} not measured: {str(error).splitlines()[0]}")
             return None
         finally:
             release()
@@ -196,18 +203,28 @@ class Report:
         # It reads losses from the GPU, so that nothing is under way when it returns but the update.
         return self._measure(config, lambda: engine.train_step(batches, 1e-5))
 
-    def _peer(self, config: Any, build: Callable[[Any, argparse.Namespace], Callable[[], object]]) -> Measured:
-        return self._measure(config, build(config, self._args))
+    def _peer(self, config: Any, build: Callable[[Any, argparse.Namespace], Callable[[], object]], *, layers_only: bool = False) -> Measured:
+        """Measure a peer, of which each rank has its own sequences, whatever the trainer's layout."""
+        from tpt_megatron.mcore.machine import check_machine
 
-    def _measure(self, config: Any, step: Callable[[], object]) -> Measured:
-        """Return the medians of one row. Raises MachineError or ConfigError for what the machine does not have."""
+        check_machine(config)
+        args = self._args
+        sequences = args.micro_batch * args.micro_batches * self._layout.world_size
+        return self._measure(config, build(config, args), sequences, layers_only=layers_only)
+
+    def _measure(self, config: Any, step: Callable[[], object], sequences: int | None = None, *, layers_only: bool = False) -> Measured:
+        """Return the medians of one row. Raises MachineError or ConfigError for what the machine does not have.
+
+        sequences: of all ranks in a step, where it is not the config's; layers_only: the step has no output layer.
+        """
         import torch
         import torch.distributed as dist
 
         from tpt_megatron.train.metrics import Speed
 
         args, speed = self._args, Speed(config, self._layout.world_size)
-        places = config.global_batch_sequences * args.sequence
+        places = (sequences or config.global_batch_sequences) * args.sequence
+        part = of_layers(config.model, args.sequence) if layers_only else 1.0
 
         def seconds(steps: int) -> float:
             dist.barrier()
@@ -218,7 +235,8 @@ class Report:
                 torch.cuda.synchronize()
             return (time.perf_counter() - began) / steps
 
-        seconds(args.warm_up)
+        if args.warm_up:
+            seconds(args.warm_up)
         times = [seconds(args.steps) for _ in range(args.rounds)]
         lines = [speed.metrics(places, places, taken) for taken in times]
         if args.where:
@@ -227,8 +245,8 @@ class Report:
         return Measured(
             median(times),
             median(line["tokens_per_second"] for line in lines),
-            median(line["model_tflops_per_gpu"] for line in lines),
-            median(line["mfu"] for line in lines) if "mfu" in lines[0] else None,
+            part * median(line["model_tflops_per_gpu"] for line in lines),
+            part * median(line["mfu"] for line in lines) if "mfu" in lines[0] else None,
             max(line["memory_gb"] for line in lines),
         )
 
@@ -249,8 +267,10 @@ class Report:
 
         places = self._batch * self._args.sequence
         for name, by_layers in rows.items():
-            if len(by_layers) < 2:
+            if len(by_layers) < 2 or name.startswith("layers "):  # which are no whole model
                 continue
+            if name.startswith("transformers "):
+                places = self._args.micro_batch * self._args.micro_batches * self._layout.world_size * self._args.sequence
             a_layer, rest = np.polyfit(list(by_layers), [found.seconds for found in by_layers.values()], 1)
             seconds = rest + a_layer * whole.num_layers
             tflops = places * flops_per_token(whole, self._args.sequence) / seconds / self._layout.world_size / 1e12
@@ -260,6 +280,13 @@ class Report:
     def _say(self, line: str) -> None:
         if self._layout.rank == 0:
             print(line, flush=True)
+
+
+def of_layers(model: Any, sequence: int) -> float:
+    """Return the layers' part of the model's FLOPs: all but the output layer's."""
+    from tpt_megatron.train.flops import flops_per_token
+
+    return 1 - 6 * model.hidden_size * model.vocab_size / flops_per_token(model, sequence)
 
 
 def matmul_tflops(size: int) -> float:
@@ -304,7 +331,7 @@ def where_time_goes(step: Callable[[], object]) -> list[str]:
         whole = (time.perf_counter() - began) * 1e6
     by_name: dict[str, float] = {}
     for event in profile.key_averages():
-        if on_cuda == (event.device_type == DeviceType.CUDA):
+        if on_cuda == (event.device_type == DeviceType.CUDA) and not event.is_user_annotation:  # which lie over kernels
             by_name[event.key] = by_name.get(event.key, 0) + (event.self_device_time_total if on_cuda else event.self_cpu_time_total)
     by_kind: dict[str, float] = {}
     for name, taken in by_name.items():
@@ -325,8 +352,11 @@ def release() -> None:
     gc.collect()  # model and optimizer refer to each other
     if torch.cuda.is_available():
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+        from transformer_engine.pytorch.module import base
 
         FP8GlobalStateManager.reset()  # else it goes on scaling for the last model's layers
+        getattr(base, "_dummy_wgrads", {}).clear()  # one of each shape of weight
+        torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

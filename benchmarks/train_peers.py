@@ -72,6 +72,8 @@ def layers_step(config: Any, args: argparse.Namespace) -> Step:
     """Transformer Engine's own layers, forwards and backwards, gradients accumulated in fp32: no embedding, loss or optimizer."""
     if not torch.cuda.is_available():
         raise MachineError("Transformer Engine's layers need a GPU, and there is no CUDA here")
+    if config.precision != "bf16" or config.model.experts is not None:
+        raise MachineError("the layers are dense ones, in bf16 or FP8, and this row is none")
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
     from transformer_engine.pytorch.attention import RotaryPositionEmbedding

@@ -21,14 +21,20 @@ BF16, FP8 = {"precision": "bf16"}, {"precision": "bf16", "fp8": "tensorwise"}
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("changes", [BF16, FP8], ids=["bf16", "fp8"])
-def test_a_document_sees_no_other(tmp_path: Path, changes: dict[str, Any]) -> None:
-    before, after = losses_before_and_after(tmp_path, "document", **changes)
+def test_a_document_sees_no_other(tmp_path: Path) -> None:
+    before, after = losses_before_and_after(tmp_path, "document", **BF16)
     assert after[0] != before[0]
-    if changes == BF16:
-        assert after[1:] == before[1:]
-    else:  # one scale for all tokens of a tensor: it may move with the largest value of any document
-        assert after[1:] == pytest.approx(before[1:], rel=2e-2)
+    assert after[1:] == before[1:]
+
+
+def test_a_document_sees_no_other_in_fp8(tmp_path: Path) -> None:
+    """All tokens of a tensor have one scale, which may move with the largest value of any document: by far less than a leak moves them."""
+    model = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 384, "num_heads": 4, "num_query_groups": 2, "vocab_size": 250, "init_std": 0.2}
+    moved = {}
+    for attention in ("document", "sequence"):
+        before, after = losses_before_and_after(tmp_path, attention, **FP8, model=model)
+        moved[attention] = [abs(mine - theirs) for mine, theirs in zip(before, after, strict=True)]
+    assert all(10 * document < sequence for document, sequence in zip(moved["document"][1:], moved["sequence"][1:], strict=True))
 
 
 def test_a_sequence_that_is_seen_whole_would_show(tmp_path: Path) -> None:

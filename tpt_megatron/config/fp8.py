@@ -10,8 +10,8 @@ from tpt_megatron.config.parallel import ParallelConfig
 
 MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What rows and columns of both operands are multiples of, on each rank, by recipe."""
-GATHERED = {"blockwise": 128, "mxfp8": 32}
-"""What each rank's tokens and channels are multiples of where they are gathered from tensor-parallel ranks in FP8: whole blocks of one scale."""
+GATHERED = {"delayed": 8, "tensorwise": 8, "blockwise": 128, "mxfp8": 32}
+"""What each rank's tokens and channels are multiples of before they are gathered from tensor-parallel ranks: whole blocks of one scale, for the last two."""
 
 
 def check_fp8_sizes(recipe: str, model: ModelConfig, parallel: ParallelConfig, micro_batch_sequences: int, sequence_length: int) -> None:
@@ -33,8 +33,10 @@ def check_fp8_sizes(recipe: str, model: ModelConfig, parallel: ParallelConfig, m
         f"{ffn}{by_tp}": (model.ffn_hidden_size if experts is None else experts.ffn_hidden_size) // tp,
         of_tokens: tokens,
     }
+    if model.mtp_layers:
+        sizes[f"{hidden}{by_tp}"] = model.hidden_size // tp  # of two hidden states, made one
     _check(recipe, sizes, MULTIPLES[recipe], "multiplies matrices")
-    if parallel.sequence_parallel and recipe in GATHERED:
+    if parallel.sequence_parallel:
         _check(recipe, {hidden: model.hidden_size, f"{of_tokens}{by_tp}": tokens // tp}, GATHERED[recipe], "with parallel.sequence_parallel gathers tensors")
 
 

@@ -129,7 +129,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form key=value")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, _Loader) if text else None
     except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *parents, last = key.strip().split(".")

@@ -212,7 +212,8 @@ class TrainConfig(Config):
                 f"parallel.expert_parallel={ep} does not divide model.experts.num_experts={experts.num_experts}; it {_could_be(experts.num_experts, ep)}"
             )
         if model.mtp_layers and model.tie_embeddings and pp > 1:
-            # Its last stage has the embedding twice then, and cannot say so in a checkpoint.
+            # Its last stage has the embedding twice then, and cannot say so in a checkpoint; and with gradients added up by the products, megatron-core
+            # drops the embedding's own there.
             raise ValueError("model.mtp_layers with model.tie_embeddings=true needs parallel.pipeline_parallel=1: megatron-core 0.16 cannot save it otherwise")
         if experts is not None and tp > 1 and not parallel.sequence_parallel:
             # megatron-core refuses it after all weights were made: the ranks would each route the same tokens.

@@ -32,7 +32,7 @@ class ReadAhead:
         self._next = self._thread.submit(self._read, first_sequence, count)
 
     def take(self, first_sequence: int, count: int) -> list[MicroBatch]:
-        """Return what was begun, or, where that was for another step (a run that goes back leaves some out), read now. Raises what `read` raised."""
+        """Return what was begun, or, where that was another step's (of a run that went back, whose batches grow), read now. Raises what `read` raised."""
         self.wait()
         begun, self._next = self._next, None
         if begun is None or self._of != (first_sequence, count):

@@ -186,6 +186,7 @@ class Run:
         if not lost.sound:
             raise DataError(f"{reason}, and there is no checkpoint of before to go back to; {advice}")
         self._saving.wait()
+        self._ahead.wait()
         back = self._saving.go_back(lost.sound)
         self._rollbacks += 1
         back.passed_over = self._first_sequence(lost.step + 1) - config.progress.sequences_before(back.step + 1)

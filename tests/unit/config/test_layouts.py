@@ -127,6 +127,28 @@ def test_fp8_goes_over_bf16_and_its_parameters_are_made_from_fp32(parallel: dict
             "fp8=blockwise with parallel.sequence_parallel gathers tensors whose sizes are multiples of 128, which "
             "micro_batch_sequences=2 x data.sequence_length=32 / parallel.tensor_parallel=2 = 32 is not; the nearest: 128",
         ),
+        (
+            "tensorwise",
+            {"hidden_size": 128, "ffn_hidden_size": 128, "num_heads": 8, "num_query_groups": 8},
+            {"tensor_parallel": 4, "sequence_parallel": True, "context_parallel": 2},
+            {"micro_batch_sequences": 3, "data": {"train": "d", "sequence_length": 32}},
+            "fp8=tensorwise with parallel.sequence_parallel gathers tensors whose sizes are multiples of 8, which "
+            "micro_batch_sequences=3 x data.sequence_length=32 / parallel.context_parallel=2 / parallel.tensor_parallel=4 = 12 is not; the nearest: 8 or 16",
+        ),
+        (
+            "delayed",
+            {"hidden_size": 96, "num_heads": 4, "head_dim": 16, "num_query_groups": 4, "mtp_layers": 1},
+            {"tensor_parallel": 4},
+            {},
+            "multiples of 16, which model.ffn_hidden_size=96 / parallel.tensor_parallel=4 = 24 is not",
+        ),
+        (
+            "delayed",
+            {"hidden_size": 96, "ffn_hidden_size": 128, "num_heads": 4, "head_dim": 16, "num_query_groups": 4, "mtp_layers": 1},
+            {"tensor_parallel": 4},
+            {},
+            "multiples of 16, which model.hidden_size=96 / parallel.tensor_parallel=4 = 24 is not; the nearest: 16 or 32",
+        ),
     ],
 )
 def test_sizes_that_fp8_has_no_matrix_products_for_are_refused(
