@@ -164,4 +164,5 @@ def test_sizes_that_fp8_has_no_matrix_products_for_are_refused(
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_presets_have_sizes_for_fp8_in_usual_layouts(preset: str, recipe: str) -> None:
     data = {"train": "d", "sequence_length": 8192}
-    config(preset, {"tensor_parallel": 4, "sequence_parallel": True, "context_parallel": 2}, precision="bf16", fp8=recipe, data=data)
+    accepted = config(preset, {"tensor_parallel": 4, "sequence_parallel": True, "context_parallel": 2}, precision="bf16", fp8=recipe, data=data)
+    assert accepted.fp8 == recipe
