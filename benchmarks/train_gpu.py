@@ -265,13 +265,12 @@ class Report:
     def _extrapolate(self, whole: Any, rows: dict[str, dict[int, Measured]]) -> None:
         from tpt_megatron.train.flops import flops_per_token
 
-        places = self._batch * self._args.sequence
         for name, by_layers in rows.items():
             if len(by_layers) < 2 or name.startswith("layers "):  # which are no whole model
                 continue
-            if name.startswith("transformers "):
-                places = self._args.micro_batch * self._args.micro_batches * self._layout.world_size * self._args.sequence
-            a_layer, rest = np.polyfit(list(by_layers), [found.seconds for found in by_layers.values()], 1)
+            found = next(iter(by_layers.values()))
+            places = found.seconds * found.tokens_per_second
+            a_layer, rest = np.polyfit(list(by_layers), [measured.seconds for measured in by_layers.values()], 1)
             seconds = rest + a_layer * whole.num_layers
             tflops = places * flops_per_token(whole, self._args.sequence) / seconds / self._layout.world_size / 1e12
             line = f"a layer {a_layer:.4g} s, the rest {rest:.4g} s; EXTRAPOLATED to {whole.num_layers} layers: {places / seconds:,.1f} tokens/s, {tflops:.4g}"

@@ -23,45 +23,32 @@ def _device() -> torch.device:
 
 
 def transformers_step(config: Any, args: argparse.Namespace) -> Step:
-    """Transformers' Llama, compiled, fully sharded by torch (fp32 parameters, gathered and multiplied in bf16), with torch's fused AdamW."""
+    """The model of transformers that an export is for, compiled, fully sharded by torch (fp32 parameters, gathered in bf16), with torch's fused AdamW."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model, device = config.model, _device()
-    if model.experts is not None or model.qk_norm or model.qkv_bias:
-        raise MachineError("the peer is transformers' Llama, and this model is none")
-    shape = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_size,
-        max_position_embeddings=args.sequence,
-        rope_theta=model.rope_theta,
-        tie_word_embeddings=model.tie_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+    from tpt_megatron.convert.families import family_of
+    from tpt_megatron.convert.hugging_face import written_config
+
+    device, shape = _device(), written_config(family_of(config.model), config.model, positions=args.sequence, dtype=torch.float32, eod_id=None)
     with torch.device(device):
-        llama: Any = LlamaForCausalLM(shape)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape | {"use_cache": False}), attn_implementation="sdpa")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if config.precision == "bf16" else MixedPrecisionPolicy()
-    for layer in llama.model.layers:
+    for layer in model.model.layers:
         if not args.no_compile:
             layer.compile()
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(llama, mesh=mesh, mp_policy=policy)
-    adam = torch.optim.AdamW(llama.parameters(), lr=1e-5, fused=True)
-    ids = torch.randint(model.vocab_size, (args.micro_batches, args.micro_batch, args.sequence), device=device)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(config.model.vocab_size, (args.micro_batches, args.micro_batch, args.sequence), device=device)
 
     def step() -> None:
         for number, batch in enumerate(ids):
-            llama.set_requires_gradient_sync(number + 1 == len(ids))
-            (llama(input_ids=batch, labels=batch).loss / len(ids)).backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+            model.set_requires_gradient_sync(number + 1 == len(ids))
+            (model(input_ids=batch, labels=batch).loss / len(ids)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         adam.zero_grad()
 

@@ -21,9 +21,8 @@ def check_fp8_sizes(recipe: str, model: ModelConfig, parallel: ParallelConfig, m
     heads, head = f"model.num_heads={model.num_heads}", f"model.head_dim={model.head_size}"
     ffn = f"model.ffn_hidden_size={model.ffn_hidden_size}" if experts is None else f"model.experts.ffn_hidden_size={experts.ffn_hidden_size}"
     tokens = micro_batch_sequences * sequence_length // cp
-    of_tokens = f"micro_batch_sequences={micro_batch_sequences} x data.sequence_length={sequence_length}" + (
-        f" / parallel.context_parallel={cp}" if cp > 1 else ""
-    )
+    by_cp = f" / parallel.context_parallel={cp}" if cp > 1 else ""
+    of_tokens = f"micro_batch_sequences={micro_batch_sequences} x data.sequence_length={sequence_length}{by_cp}"
     hidden = f"model.hidden_size={model.hidden_size}"
     both = f"({heads} + 2 x model.num_query_groups={model.num_query_groups}) x {head}{by_tp}"
     sizes = {

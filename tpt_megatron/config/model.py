@@ -62,6 +62,7 @@ class ModelConfig(Config):
     """
 
     further_keys: ClassVar = ("preset",)
+    """Keys that are taken, and are no fields."""
 
     num_layers: PositiveInt
     hidden_size: PositiveInt
